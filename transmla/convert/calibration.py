@@ -1,0 +1,142 @@
+"""Streamed statistics of every attention's input: memory O(layers · D²), whatever the number of tokens."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLEMENTATION = "mla_calibration"
+QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
+
+
+@dataclass
+class LayerStatistics:
+    """Moments of one attention's input x and of its attention distances; float64.
+
+    second_moment: E[x x^T], [D, D]. mean: E[x], [D]. distance: [H, L], how much attention a head gives to the
+    token Δ positions back, rows sum to one. output_mean_square: E|o|² of the attention's output.
+    """
+
+    second_moment: Tensor
+    mean: Tensor
+    distance: Tensor
+    output_mean_square: float
+
+    def augmented(self) -> Tensor:
+        """Second moment of [x; 1], [D1, D1]."""
+        size = len(self.mean)
+        full = self.second_moment.new_empty(size + 1, size + 1)
+        full[:size, :size] = self.second_moment
+        full[:size, size] = full[size, :size] = self.mean
+        full[size, size] = 1.0
+        return full
+
+
+class _Accumulator:
+    def __init__(self, hidden: int, heads: int, length: int, device: torch.device) -> None:
+        self.second = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)
+        self.first = torch.zeros(hidden, dtype=torch.float64, device=device)
+        self.distance = torch.zeros(heads, length, dtype=torch.float64, device=device)
+        self.output = torch.zeros((), dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add_input(self, x: Tensor) -> None:
+        x = x.detach().flatten(0, -2).double()
+        self.second.addmm_(x.T, x)
+        self.first += x.sum(0)
+        self.tokens += len(x)
+
+    def add_output(self, out: Tensor) -> None:
+        self.output += out.detach().double().square().sum()
+
+    def add_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Histogram of causal attention weights over distances. query: [H, T, d]; key: [G, T, d]."""
+        heads, length, _ = query.shape
+        key = key.repeat_interleave(heads // len(key), 0)
+        position = torch.arange(length, device=query.device)
+        for start in range(0, length, QUERY_BLOCK):
+            rows = position[start : start + QUERY_BLOCK]
+            columns = position[: rows[-1] + 1]
+            delta = rows[:, None] - columns[None, :]
+            logits = (query[:, rows] @ key[:, columns].mT).float() * scaling
+            weights = logits.masked_fill(delta < 0, float("-inf")).softmax(-1).double()
+            self.distance.index_add_(1, delta.clamp_min(0).flatten(), weights.flatten(1))
+
+    def result(self) -> LayerStatistics:
+        return LayerStatistics(
+            second_moment=self.second / self.tokens,
+            mean=self.first / self.tokens,
+            distance=self.distance / self.distance.sum(-1, keepdim=True),
+            output_mean_square=float(self.output / self.tokens),
+        )
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator]) -> Iterator[None]:
+    """Register an attention function that sees the rotated queries and keys of the model's own attention."""
+    known = weakref.WeakKeyDictionary(accumulators)
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
+        # One row of the batch: distances need far fewer tokens than second moments.
+        known[module].add_attention(query[0], key[0], kwargs["scaling"])
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        known[module].add_input(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    def after(module: nn.Module, args: tuple, out: tuple) -> None:
+        known[module].add_output(out[0])
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in accumulators]
+    handles += [module.register_forward_hook(after) for module in accumulators]
+    previous = model.config._attn_implementation
+    model.config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = previous
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel, windows: Iterable[Tensor], *, length: int, total: int | None = None
+) -> list[LayerStatistics]:
+    """Stream windows of text through the source's trunk and measure every attention.
+
+    Args:
+        windows: batches of token ids [B, T], T at most `length`.
+        length: longest window, the size of the distance histogram.
+        total: number of batches, for the progress bar.
+
+    Returns:
+        One `LayerStatistics` a layer, on the model's device.
+
+    Raises:
+        ValueError: there was no text.
+    """
+    config = model.config
+    modules = [layer.self_attn for layer in model.model.layers]
+    accumulators = {
+        module: _Accumulator(config.hidden_size, config.num_attention_heads, length, model.device)
+        for module in modules
+    }
+    with _recording(model, accumulators):
+        for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
+            model.model(input_ids=batch.to(model.device), use_cache=False)
+    if not accumulators[modules[0]].tokens:
+        raise ValueError("convert.calibration.data: no text to calibrate on; name a dataset that has some")
+    return [accumulators[module].result() for module in modules]

@@ -1,0 +1,133 @@
+"""Decoupling of RoPE: a few rotary channels shared by all heads; everything else loses its rotation.
+
+Pair coordinate l of a head with l + d/2 into one complex number. With queries q at position t and keys k at s, the
+source's logit is  Re sum_l conj(q_l) k_l exp(-i (t - s) w_l).  Within a band of `freqfold` neighbouring frequencies
+any invertible complex matrix may mix the (head, frequency) components of the keys, its inverse the queries', exactly
+as far as the frequencies of the band are equal (TransMLA, arXiv:2502.07864, section 4.2, mixes with real orthogonal
+matrices). The leading components of a band keep a rotation, at the frequencies `collapse * m`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DecoupledRope:
+    """Maps of the augmented input [x; 1]; D1 = D + 1.
+
+    q_nope: [H, d, D1]. k_nope: [G, d, D1], without rotation. q_rope: [H, P, D1]. k_rope: [P, D1]; pairs (m, m + P/2).
+    """
+
+    q_nope: Tensor
+    k_nope: Tensor
+    q_rope: Tensor
+    k_rope: Tensor
+
+
+def to_complex(maps: Tensor) -> Tensor:
+    """[..., d, D1] real to [..., d/2, D1] complex: coordinate l is the real, l + d/2 the imaginary part."""
+    real, imaginary = maps.chunk(2, dim=-2)
+    return torch.complex(real, imaginary)
+
+
+def to_real(maps: Tensor) -> Tensor:
+    """Inverse of `to_complex`."""
+    return torch.cat((maps.real, maps.imag), dim=-2)
+
+
+def mean_rotation(distance: Tensor, frequencies: Tensor) -> Tensor:
+    """E[exp(-i Δ w)] under a distribution of distances Δ = t - s.
+
+    Args:
+        distance: [H, L], rows sum to one.
+        frequencies: [n], radians a position.
+
+    Returns:
+        [H, n] complex.
+    """
+    steps = torch.arange(distance.shape[-1], dtype=distance.dtype, device=distance.device)
+    phase = torch.outer(steps, frequencies)
+    return torch.complex(distance @ phase.cos(), -(distance @ phase.sin()))
+
+
+def decouple_rope(
+    query: Tensor,
+    key: Tensor,
+    second_moment: Tensor,
+    frequencies: Tensor,
+    *,
+    freqfold: int,
+    collapse: int,
+    distance: Tensor | None,
+    importance: Tensor,
+    mixing: str = "complex",
+) -> DecoupledRope:
+    """Split rotary attention into a shared rope head and parts without rotation.
+
+    Exact when freqfold = collapse = 1 and there is one key head: then every component keeps its own rotation.
+
+    Args:
+        query, key: [H, d, D1] and [G, d, D1], float64.
+        second_moment: E[x x^T] of the augmented input, [D1, D1].
+        frequencies: [d/2], the source's rotary frequencies.
+        freqfold, collapse: a band is `freqfold` neighbouring frequencies, `freqfold / collapse` channels are kept.
+        distance: [H, L] distribution of attention distances; a lost rotation is then replaced by its mean (the best
+            constant under that distribution), a rotation at a neighbouring frequency is corrected likewise.
+            None: a lost rotation becomes 1.
+        importance: [H], weight of a head's squared logit error.
+        mixing: `complex` (unitary) or `real` (orthogonal, as TransMLA).
+    """
+    heads, groups = len(query), len(key)
+    q, k = to_complex(query), to_complex(key)
+    moment = second_moment.to(k.dtype)
+    pairs = q.shape[1]
+    group_of = torch.arange(heads, device=query.device) // (heads // groups)
+
+    lost = _mean(distance, frequencies, heads)  # [H, d/2]
+    energy = torch.einsum("hlx,xy,hly->hl", q, moment, q.conj()).real
+    # What leaving pair (g, l) without rotation costs: logit energy of its queries times the variance of the rotation.
+    if distance is None:
+        cost = torch.ones(groups, pairs, dtype=energy.dtype, device=energy.device)
+    else:
+        spread = (importance[:, None] * energy * (1 - lost.abs() ** 2)).clamp_min(0)
+        cost = torch.zeros(groups, pairs, dtype=energy.dtype, device=energy.device).index_add_(0, group_of, spread)
+        cost = cost.clamp_min(1e-9 * cost.max().clamp_min(1e-30))
+
+    q_nope = lost.conj()[:, :, None] * q
+    k_nope = k.clone()
+    q_rope, k_rope = [], []
+    keep = freqfold // collapse
+    for start in range(0, pairs, freqfold):
+        band = slice(start, start + freqfold)
+        weight = cost[:, band].sqrt().flatten()[:, None]  # [G*F, 1]
+        block = k[:, band].flatten(0, 1)  # [G*F, D1]
+        gram = weight * (block @ moment @ block.mH) * weight.T
+        if mixing == "real":
+            gram = gram.real.to(gram.dtype)
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :keep]
+        analysis = basis.mH * weight.T  # z = analysis k
+        synthesis = basis / weight  # k ≈ synthesis z
+        kept = analysis @ block  # [keep, D1]
+        k_nope[:, band] -= (synthesis @ kept).unflatten(0, (groups, freqfold))
+        k_rope.append(kept)
+        mix = synthesis.unflatten(0, (groups, freqfold))[group_of]  # [H, F, keep]
+        target = frequencies[band][::collapse]
+        shift = frequencies[band][:, None] - target[None, :]  # [F, keep]
+        correction = _mean(distance, shift.flatten(), heads).unflatten(1, shift.shape)
+        q_rope.append(torch.einsum("hfj,hfx->hjx", (mix * correction).conj(), q[:, band]))
+    return DecoupledRope(
+        q_nope=to_real(q_nope),
+        k_nope=to_real(k_nope),
+        q_rope=to_real(torch.cat(q_rope, dim=1)),
+        k_rope=to_real(torch.cat(k_rope, dim=0)),
+    )
+
+
+def _mean(distance: Tensor | None, frequencies: Tensor, heads: int) -> Tensor:
+    if distance is None:
+        return torch.ones(heads, len(frequencies), dtype=torch.complex128, device=frequencies.device)
+    return mean_rotation(distance, frequencies)

@@ -1,0 +1,94 @@
+"""All weights of a student attention from a source attention and its calibration statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transmla.convert.calibration import LayerStatistics
+from transmla.convert.factorize import joint_key_value, low_rank, norm_cost
+from transmla.convert.rope import DecoupledRope, decouple_rope
+from transmla.families.base import SourceAttention
+from transmla.geometry import MLAGeometry
+from transmla.recipe import Convert
+
+
+def solve_attention(
+    source: SourceAttention,
+    statistics: LayerStatistics,
+    frequencies: Tensor,
+    geometry: MLAGeometry,
+    settings: Convert,
+) -> dict[str, Tensor]:
+    """Solve one layer in float64.
+
+    Exact when nothing is truncated: one key head, every frequency kept, kv_lora_rank at least 2·d, no query rank.
+
+    Args:
+        frequencies: [d/2], the source's rotary frequencies.
+
+    Returns:
+        State dict of `MLAAttention` (bias entries included; the caller drops those the student does not have).
+    """
+    heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+    repeat = heads // groups
+    covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
+    augmented = statistics.augmented()
+    key, query = source.key, source.query
+    value = source.value[..., :-1]
+
+    # Output variance that a head's values carry: what one unit of its squared logit error costs.
+    spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)  # [H, d, d]
+    output = torch.einsum("xhw,xhv->hwv", source.output, source.output)
+    importance = torch.einsum("hwv,hwv->h", spread, output) * source.scaling**2
+
+    rope = decouple_rope(
+        query,
+        key,
+        augmented,
+        frequencies,
+        freqfold=geometry.freqfold,
+        collapse=geometry.collapse,
+        distance=statistics.distance if settings.mean_rotation else None,
+        importance=importance,
+        mixing=settings.mixing,
+    )
+    # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
+    k_nope = rope.k_nope[..., :-1]
+    if settings.weighting == "cost":
+        moment = torch.einsum("hwx,xy,hvy->hwv", rope.q_nope, augmented, rope.q_nope)
+        key_cost = settings.kv_balance * (importance[:, None, None] * moment).unflatten(0, (groups, repeat)).sum(1)
+        value_cost = output.unflatten(0, (groups, repeat)).sum(1)
+    else:
+        key_cost = settings.kv_balance * norm_cost(k_nope, statistics.second_moment)
+        value_cost = norm_cost(value, statistics.second_moment)
+    down, up_key, up_value = joint_key_value(
+        k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
+    )
+
+    weights = _queries(rope, augmented, geometry, source.scaling)
+    up = torch.cat((up_key.repeat_interleave(repeat, 0), up_value.repeat_interleave(repeat, 0)), dim=1)
+    value_bias = source.value[..., -1].repeat_interleave(repeat, 0)  # [H, d]
+    weights |= {
+        "kv_a_proj_with_mqa.weight": torch.cat((down, rope.k_rope[:, :-1])),
+        "kv_a_proj_with_mqa.bias": torch.cat((down.new_zeros(len(down)), rope.k_rope[:, -1])),
+        "kv_b_proj.weight": up.flatten(0, 1),
+        "kv_b_proj.bias": torch.cat((torch.zeros_like(value_bias), value_bias), dim=1).flatten(),
+        "o_proj.weight": source.output.flatten(1),
+    }
+    if source.output_bias is not None:
+        weights["o_proj.bias"] = source.output_bias
+    return weights
+
+
+def _queries(rope: DecoupledRope, augmented: Tensor, geometry: MLAGeometry, scaling: float) -> dict[str, Tensor]:
+    """Query weights; MLA divides logits by sqrt(nope + rope), so the ratio to the source's scale is folded in."""
+    ratio = scaling * (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) ** 0.5
+    maps = torch.cat((rope.q_nope, rope.q_rope), dim=1) * ratio  # [H, nope + P, D1]
+    bias = maps[..., -1].flatten()
+    if geometry.q_lora_rank is None:
+        return {"q_proj.weight": maps[..., :-1].flatten(0, 1), "q_proj.bias": bias}
+    keys = torch.cat((rope.k_nope, rope.k_rope.expand(len(rope.k_nope), -1, -1)), dim=1)  # [G, nope + P, D1]
+    cost = torch.einsum("gwx,xy,gvy->gwv", keys, augmented, keys).repeat_interleave(len(maps) // len(keys), 0)
+    down, up = low_rank(maps[..., :-1], augmented[:-1, :-1], cost, geometry.q_lora_rank)
+    return {"q_a_proj.weight": down, "q_b_proj.weight": up.flatten(0, 1), "q_b_proj.bias": bias}

@@ -1,0 +1,27 @@
+"""Llama 2 and 3 and models of the same architecture (SmolLM2, ...)."""
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from transmla.families.base import Family
+from transmla.modeling.student import MLAStudent
+
+
+class MLALlamaConfig(LlamaConfig):
+    """Llama's configuration with MLA's dimensions."""
+
+    model_type = "mla_llama"
+    base_model_tp_plan = None
+
+
+class MLALlamaForCausalLM(MLAStudent, LlamaForCausalLM):
+    """Llama with multi-head latent attention."""
+
+    config_class = MLALlamaConfig
+
+
+LLAMA = Family(
+    model_type="llama",
+    student_config=MLALlamaConfig,
+    student_model=MLALlamaForCausalLM,
+    qkv_bias=lambda config: config.attention_bias,
+)

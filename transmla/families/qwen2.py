@@ -1,0 +1,32 @@
+"""Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
+
+from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
+
+from transmla.families.base import Family
+from transmla.modeling.student import MLAStudent
+
+
+class MLAQwen2Config(Qwen2Config):
+    """Qwen2's configuration with MLA's dimensions."""
+
+    model_type = "mla_qwen2"
+    base_model_tp_plan = None
+
+
+class MLAQwen2ForCausalLM(MLAStudent, Qwen2ForCausalLM):
+    """Qwen2 with multi-head latent attention."""
+
+    config_class = MLAQwen2Config
+
+
+def _refuse(config: PretrainedConfig) -> str | None:
+    return "sliding-window attention is not supported; set use_sliding_window to false" if config.use_sliding_window else None
+
+
+QWEN2 = Family(
+    model_type="qwen2",
+    student_config=MLAQwen2Config,
+    student_model=MLAQwen2ForCausalLM,
+    qkv_bias=lambda config: True,
+    refuse=_refuse,
+)

@@ -1,0 +1,1 @@
+"""Modules that hold weights: the MLA attention, its kernels, the student."""

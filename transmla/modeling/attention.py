@@ -1,0 +1,94 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) without the latent's norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+
+from transmla.modeling.backends import attend, eager_attention
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (l, l + P/2). x: [B, *, T, P]; cos, sin: [B, T, P]."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+class MLAAttention(nn.Module):
+    """Attention that caches a latent c [R] and one rope key [P] a token.
+
+        c = W_a x          k_h = [W_b,h^K c ; R_s k_rope]          q_h = [q_h,nope ; R_t q_h,rope]          v_h = W_b,h^V c
+
+    The latent has no RMSNorm: the exported model's norm is made linear (transmla.export.deepseek). Rotary pairs are
+    half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's scale into q.
+
+    Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, attention_dropout.
+    """
+
+    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.kv_lora_rank = config.kv_lora_rank
+        self.q_lora_rank = config.q_lora_rank
+        self.attention_dropout = config.attention_dropout or 0.0
+        self.is_causal = True
+        self.num_key_value_groups = 1  # transformers' kernels ask for it
+        qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.scaling = qk_head_dim**-0.5
+
+        hidden, bias = config.hidden_size, config.mla_qkv_bias
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, self.num_heads * qk_head_dim, bias=bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=False)
+            self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * qk_head_dim, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=bias
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=config.mla_output_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [B, T, D]; position_embeddings: cos and sin [B, T, P]. Returns ([B, T, D], weights)."""
+        batch, length, _ = hidden_states.shape
+        query = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_proj(hidden_states))
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head: what caches expect
+        q_rope, k_rope = rotate(q_rope, *position_embeddings), rotate(k_rope, *position_embeddings)
+        if past_key_values is not None:
+            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        key = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        out, weights = attend(
+            self,
+            torch.cat((q_nope, q_rope), dim=-1),
+            key,
+            value,
+            attention_mask,
+            implementation=self.config._attn_implementation,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            eager=eager_attention,
+            **kwargs,
+        )
+        return self.o_proj(out.reshape(batch, length, -1)), weights

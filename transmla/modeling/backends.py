@@ -1,0 +1,85 @@
+"""Which kernel computes softmax attention of MLA's shape, where queries and keys are wider than values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# First choice first. cuDNN takes values narrower than keys as they are, and was the fastest on Hopper by a factor of
+# two (docs/experiments.md); FlashAttention-2 needs padded values and so comes after the memory-efficient kernel's
+# fallback position only where cuDNN refuses the shape.
+CUDA_PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
+    """Softmax attention by PyTorch's fused kernels, the backend chosen for MLA's shape.
+
+    Args:
+        query, key: [B, H, T, E] and [B, H, S, E]. value: [B, H, S, V].
+        mask: boolean (True: attend) or additive, broadcastable to [B, H, T, S]; None for a causal mask over equal
+            lengths, or for one query that sees everything.
+        scaling: factor on the logits.
+
+    Returns:
+        [B, T, H, V].
+    """
+    causal = mask is None and query.shape[2] > 1
+    width = value.shape[-1]
+    if query.device.type == "cpu":
+        # The CPU's flash kernel wants equal widths; without padding the whole T×S matrix is computed (3 times slower).
+        if width < query.shape[-1]:
+            value = F.pad(value, (0, query.shape[-1] - width))
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
+    else:
+        with sdpa_kernel(CUDA_PRIORITY, set_priority=True):
+            out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
+    return out[..., :width].transpose(1, 2)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    implementation: str,
+    scaling: float,
+    dropout: float,
+    eager: Callable[..., tuple[Tensor, Tensor | None]],
+    **kwargs: object,
+) -> tuple[Tensor, Tensor | None]:
+    """Dispatch on transformers' `attn_implementation`: `sdpa` is ours, everything else is transformers' own."""
+    if implementation == "sdpa":
+        return sdpa(query, key, value, mask, scaling, dropout), None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """The definition, written out; the reference for every other kernel. Returns ([B, T, H, V], [B, H, T, S])."""
+    logits = query @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        logits = logits + mask
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

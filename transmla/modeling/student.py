@@ -1,0 +1,98 @@
+"""The student: a family's own causal language model whose attentions are MLA."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from transmla.geometry import MLAGeometry
+from transmla.modeling.attention import MLAAttention
+
+if TYPE_CHECKING:
+    from transmla.families import Family
+
+ATTENTION = ".self_attn."  # marks the parameters that conversion replaces
+
+
+class MLAStudent:
+    """Mixin before a family's `ForCausalLM`: the same trunk, MLA in place of its attention.
+
+    The configuration's `head_dim` is the rope head's dimension, so that the family's own rotary embedding yields
+    MLA's cos and sin (as in transformers' DeepseekV3Config).
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.model.layers):
+            layer.self_attn = MLAAttention(config, index)
+        self.post_init()
+
+
+def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Family) -> PretrainedConfig:
+    """Configuration of the student: the source's, with MLA's dimensions under DeepSeek's names."""
+    fields = source.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "_name_or_path", "head_dim", "dtype"):
+        fields.pop(name, None)
+    return family.student_config(
+        **fields,
+        head_dim=geometry.qk_rope_head_dim,
+        qk_nope_head_dim=geometry.qk_nope_head_dim,
+        qk_rope_head_dim=geometry.qk_rope_head_dim,
+        v_head_dim=geometry.v_head_dim,
+        kv_lora_rank=geometry.kv_lora_rank,
+        q_lora_rank=geometry.q_lora_rank,
+        mla_qkv_bias=bool(family.qkv_bias(source)),
+        mla_output_bias=bool(getattr(source, "attention_bias", False)),
+        architectures=[family.student_model.__name__],
+    )
+
+
+def build_student(
+    source: PreTrainedModel, geometry: MLAGeometry, family: Family, attention: dict[str, Tensor]
+) -> PreTrainedModel:
+    """Assemble a student whose trunk shares the source's storage.
+
+    Args:
+        source: the original model.
+        attention: `model.layers.N.self_attn.*` of the student, any dtype; stored in the source's dtype.
+    """
+    config = student_config(source.config, geometry, family)
+    with init_empty_weights(include_buffers=False):
+        student = family.student_model(config)
+    trunk = {name: value for name, value in source.state_dict().items() if ATTENTION not in name}
+    dtype = source.dtype
+    state = trunk | {name: value.to(source.device, dtype) for name, value in attention.items()}
+    student.load_state_dict(state, assign=True, strict=True)
+    student.tie_weights()
+    student.config._attn_implementation = source.config._attn_implementation
+    student.generation_config = source.generation_config
+    student.config.dtype = dtype
+    return student.to(source.device).eval()
+
+
+def share_trunk(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Point the student's trunk at the teacher's storage where all of it is equal; returns whether it was.
+
+    After a stage that trained everything the trunks differ and nothing is shared.
+    """
+    own = {name: value for name, value in student.named_parameters() if ATTENTION not in name}
+    other = dict(teacher.named_parameters())
+    same = all(
+        name in other and other[name].shape == value.shape and torch.equal(other[name], value.to(other[name]))
+        for name, value in own.items()
+    )
+    if same:
+        for name, value in own.items():
+            value.data = other[name].data
+    return same
+
+
+def train_only(student: PreTrainedModel, what: str) -> int:
+    """Set which parameters take a gradient (`attention` or `all`); returns their number."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(what == "all" or ATTENTION in name)
+    return sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)

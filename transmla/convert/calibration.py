@@ -70,6 +70,9 @@ class _Accumulator:
             delta = rows[:, None] - columns[None, :]
             logits = (query[:, rows] @ key[:, columns].mT).float() * scaling
             weights = logits.masked_fill(delta < 0, float("-inf")).softmax(-1).double()
+            # The first token collects attention that means nothing (a sink), from everywhere: left in, it would make
+            # every mean rotation near zero.
+            weights[..., 0] = 0.0
             self.distance.index_add_(1, delta.clamp_min(0).flatten(), weights.flatten(1))
 
     def result(self) -> LayerStatistics:

@@ -97,6 +97,7 @@ def decouple_rope(
         cost = torch.zeros(groups, pairs, dtype=energy.dtype, device=energy.device).index_add_(0, group_of, spread)
         cost = cost.clamp_min(1e-9 * cost.max().clamp_min(1e-30))
 
+    import os
     q_nope = lost.conj()[:, :, None] * q
     k_nope = k.clone()
     q_rope, k_rope = [], []
@@ -115,10 +116,7 @@ def decouple_rope(
         k_nope[:, band] -= (synthesis @ kept).unflatten(0, (groups, freqfold))
         k_rope.append(kept)
         mix = synthesis.unflatten(0, (groups, freqfold))[group_of]  # [H, F, keep]
-        target = frequencies[band][::collapse]
-        shift = frequencies[band][:, None] - target[None, :]  # [F, keep]
-        correction = _mean(distance, shift.flatten(), heads).unflatten(1, shift.shape)
-        q_rope.append(torch.einsum("hfj,hfx->hjx", (mix * correction).conj(), q[:, band]))
+        q_rope.append(torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band]))
     return DecoupledRope(
         q_nope=to_real(q_nope),
         k_nope=to_real(k_nope),

@@ -1,0 +1,87 @@
+"""Command line: `transmla VERB recipe=NAME [key.sub=value ...]`; `recover.py` is the verb `recover`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from transmla.errors import RecipeError
+
+VERBS = {
+    "recover": "run the whole recipe: convert, recover, export, verify, evaluate, report",
+    "convert": "only make the converted student",
+    "export": "only export the recovered student, with verification",
+    "verify": "check an existing export again in a fresh process",
+    "evaluate": "evaluate whatever models are there and write the report",
+}
+USAGE = "usage: transmla VERB recipe=NAME [key.sub=value ...]\n" + "\n".join(f"  {v:9} {t}" for v, t in VERBS.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0; 2 for a user's mistake, printed as one line that names the recipe key and the fix.
+    """
+    verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help") or "-h" in words or "--help" in words:
+        print(USAGE)
+        return 0
+    try:
+        if verb not in VERBS:
+            raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
+        return _run(verb, words)
+    except RecipeError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(verb: str, words: list[str]) -> int:
+    from transmla.compose import load_recipe
+
+    names = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+    if len(names) != 1:
+        from transmla.compose import recipe_names
+
+        raise RecipeError("recipe", f"name one recipe, recipe=NAME; there are: {', '.join(recipe_names())}")
+    recipe = load_recipe(names[0], [word for word in words if not word.startswith("recipe=")])
+
+    from transmla.preflight import prepare
+
+    prepared = prepare(recipe)
+    if recipe.dry_run:
+        from transmla.plan import render_plan
+
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(
+                render_plan(
+                    recipe,
+                    prepared.config,
+                    prepared.geometry,
+                    device=prepared.device,
+                    dtype=prepared.dtype,
+                    processes=processes,
+                    output=prepared.output,
+                )
+            )
+        return 0
+    _quiet()
+    from transmla.pipeline import Pipeline
+
+    pipeline = Pipeline(prepared)
+    getattr(pipeline, "run" if verb == "recover" else verb)()
+    return 0
+
+
+def _quiet() -> None:
+    """Silence other libraries' notes that a user of this program can do nothing about."""
+    import transformers
+    from datasets.utils.logging import set_verbosity_error
+
+    transformers.logging.set_verbosity_error()
+    set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)

@@ -1,0 +1,1 @@
+"""Text: definitions of datasets, fixed windows for calibration and evaluation."""

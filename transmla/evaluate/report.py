@@ -1,0 +1,147 @@
+"""report.json, report.md and figures from the records of the artifacts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transmla.artifacts import read_record, write_whole
+from transmla.geometry import MLAGeometry
+from transmla.recipe import Recipe
+
+MODELS = ("teacher", "converted", "recovered", "exported")
+
+
+def collect(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
+    """The content of report.json."""
+    stages, logs = [], []
+    folders = [("convert", out / "converted")]
+    last = len(recipe.recover) - 1
+    for index, stage in enumerate(recipe.recover):
+        name = f"{index}_{stage.kind}"
+        folders.append((f"recover.{index} {stage.kind}", out / "recovered" if index == last else out / "stages" / name))
+    folders.append(("export", out / "exported"))
+    folders += [(f"evaluate {name}", out / "evaluation" / name) for name in MODELS]
+    versions: dict[str, str] = {}
+    for name, folder in folders:
+        record = read_record(folder)
+        if record is None:
+            continue
+        versions |= record["versions"]
+        stages.append(
+            {
+                "name": name,
+                "seconds": record["seconds"],
+                "tokens": record.get("tokens", 0),
+                "peak_memory_gib": round(record["peak_memory_bytes"] / 2**30, 2),
+            }
+        )
+        if "log" in record:
+            logs.append({"name": name, "log": record["log"]})
+    evaluations = {name: read_record(out / "evaluation" / name) for name in MODELS}
+    evaluations = {name: record for name, record in evaluations.items() if record is not None}
+    exported = read_record(out / "exported")
+    return {
+        "recipe": recipe.name,
+        "source": recipe.model.source,
+        "geometry": geometry.describe(),
+        "stages": stages,
+        "quality": {name: record["quality"] for name, record in evaluations.items()},
+        "layer_errors": {name: record["layer_errors"] for name, record in evaluations.items() if "layer_errors" in record},
+        "continuations": {name: record["continuations"] for name, record in evaluations.items() if record["continuations"]},
+        "export": None
+        if exported is None
+        else {
+            "path": str(out / "exported"),
+            "format": exported["format"],
+            "max_abs_logprob_diff": exported["max_abs_logprob_diff"],
+        },
+        "training": logs,
+        "versions": versions,
+        "seed": recipe.seed,
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The content of report.md."""
+    g = report["geometry"]
+    lines = [
+        f"# {report['recipe']}: {report['source']}",
+        "",
+        f"{g['cached_values_source']} cached values a token and layer became {g['cached_values_student']} "
+        f"(rope {g['qk_rope_head_dim']} + latent {g['kv_lora_rank']}): {g['saving_percent']} % less.",
+        "",
+    ]
+    for dataset in next(iter(report["quality"].values()), {}):
+        lines += [f"## Quality on {dataset}", "", "| model | perplexity | KL to teacher | top-1 agreement |", "|---|---|---|---|"]
+        for name, quality in report["quality"].items():
+            q = quality[dataset]
+            lines.append(f"| {name} | {q['perplexity']:.3f} | {q['kl']:.4f} | {100 * q['top1']:.1f} % |")
+        lines += ["", f"{q['tokens']:,} predicted tokens, the same windows for every model.", ""]
+    if report["export"]:
+        export = report["export"]
+        lines += [
+            "## Export",
+            "",
+            f"`{export['path']}` ({export['format']}): a fresh process with stock transformers gives the recovered "
+            f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
+            "",
+        ]
+    for prompt in next(iter(report["continuations"].values()), {}):
+        lines += [f"> {prompt} ...", ""]
+        lines += [f"- {name}: {' '.join(texts[prompt].split())}" for name, texts in report["continuations"].items()]
+        lines.append("")
+    lines += ["## Stages", "", "| stage | seconds | tokens | peak memory |", "|---|---|---|---|"]
+    lines += [
+        f"| {stage['name']} | {stage['seconds']} | {stage['tokens']:,} | {stage['peak_memory_gib']} GiB |"
+        for stage in report["stages"]
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines += ["", f"Seed {report['seed']}; {versions}. Figures: `figures/`.", ""]
+    return "\n".join(lines)
+
+
+def write_report(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
+    """Write report.json, report.md and figures/*.png; returns the report."""
+    report = collect(out, recipe, geometry)
+    write_whole(out / "report.json", json.dumps(report, indent=1))
+    write_whole(out / "report.md", render(report))
+    draw_figures(report, out / "figures")
+    return report
+
+
+def draw_figures(report: dict[str, Any], folder: Path) -> None:
+    """loss.png, quality.png, layers.png; a figure without data is not drawn."""
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = [(entry["name"], [line for line in entry["log"] if "loss" in line]) for entry in report["training"]]
+    curves = [(name, lines) for name, lines in curves if lines]
+    if curves:
+        figure = Figure(figsize=(5 * len(curves), 3.4), layout="constrained")
+        for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+            axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
+            kind = "normalised attention error" if "layerwise" in name else "KL to teacher, nats a token"
+            axes.set(title=name, xlabel="step", ylabel=f"training loss ({kind})", ylim=(0, None))
+        figure.savefig(folder / "loss.png", dpi=120)
+    quality = report["quality"]
+    if quality:
+        names, datasets = list(quality), list(next(iter(quality.values())))
+        figure = Figure(figsize=(9, 3.2 * len(datasets)), layout="constrained")
+        grid = figure.subplots(len(datasets), 2, squeeze=False)
+        for row, dataset in zip(grid, datasets, strict=True):
+            for axes, key in zip(row, ("kl", "perplexity"), strict=True):
+                bars = axes.bar(names, [quality[name][dataset][key] for name in names], color="tab:blue", width=0.6)
+                axes.bar_label(bars, fmt="%.3g")
+                axes.set(title=dataset, ylabel={"kl": "KL to teacher, nats a token"}.get(key, key))
+                axes.margins(y=0.15)
+        figure.savefig(folder / "quality.png", dpi=120)
+    if report["layer_errors"]:
+        figure = Figure(figsize=(7, 3.4), layout="constrained")
+        axes = figure.subplots()
+        for name, errors in report["layer_errors"].items():
+            axes.plot(range(len(errors)), errors, marker="o", markersize=3, label=name)
+        axes.set(xlabel="layer", ylabel="normalised attention error", ylim=(0, None), title="error by layer, held-out window")
+        axes.legend()
+        figure.savefig(folder / "layers.png", dpi=120)

@@ -1,0 +1,62 @@
+"""What the machine can do: device, number format, free disk and memory."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from pathlib import Path
+
+import torch
+
+from transmla.errors import RecipeError
+
+
+def resolve_device(wanted: str) -> str:
+    """`cuda` or `cpu` from the recipe's `device`.
+
+    Raises:
+        RecipeError: CUDA was asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device", "cuda was asked for, but no CUDA device is visible; use device=cpu or device=auto")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def resolve_dtype(wanted: str, device: str) -> torch.dtype:
+    """Number format of weights and products. `auto`: bfloat16 on a GPU and on CPUs that have instructions for it.
+
+    A CPU without them multiplies bfloat16 a hundred times slower than float32.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    fast = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def require_disk(folder: Path, needed: int) -> None:
+    """Check that `needed` bytes are free where `folder` will be.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RecipeError(
+            "output_dir", f"{needed / 2**30:.1f} GiB are needed below {folder}, {free / 2**30:.1f} are free; make room"
+        )
+
+
+def peak_memory(device: str) -> int:
+    """Largest memory use so far, in bytes: of the GPU's allocator, or of the process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new measurement where the device supports it (a process's own peak cannot be reset)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,124 @@
+"""The plan of a recipe, computed without weights: what would be made, how large, where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from transmla.families import family_of
+from transmla.geometry import MLAGeometry
+from transmla.modeling.student import ATTENTION, student_config
+from transmla.recipe import AnyStage, Recipe
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of source and student, counted on meta tensors."""
+
+    source: int
+    student: int
+    attention: int
+
+
+def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
+    """Numbers of parameters, tied ones once."""
+    family = family_of(config)
+    with init_empty_weights():
+        source = AutoModelForCausalLM.from_config(config)
+        student = family.student_model(student_config(config, geometry, family))
+    attention = sum(value.numel() for name, value in student.named_parameters() if ATTENTION in name)
+    return Sizes(
+        source=sum(value.numel() for value in source.parameters()),
+        student=sum(value.numel() for value in student.parameters()),
+        attention=attention,
+    )
+
+
+def micro_batch(stage: AnyStage) -> int:
+    """Tokens a device handles at a time."""
+    return int(stage.trainer.get("max_length", 1024)) * int(stage.trainer.get("per_device_train_batch_size", 8))
+
+
+def steps_of(stage: AnyStage, processes: int) -> int:
+    """Optimizer steps that the stage's token budget gives, at least one."""
+    batch = micro_batch(stage) * int(stage.trainer.get("gradient_accumulation_steps", 1)) * processes
+    return max(1, stage.tokens // batch)
+
+
+def trained_part(stage: AnyStage) -> str:
+    """`attention` or `all`."""
+    return getattr(stage, "train", "attention")
+
+
+def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Rough bytes a device needs for a stage without sharding: weights, gradients, AdamW, activations, logits."""
+    width = torch.finfo(dtype).bits // 8
+    everything = trained_part(stage) == "all"
+    trained = sizes.student if everything else sizes.attention
+    shared = 0 if everything else sizes.student - sizes.attention
+    weights = width * (sizes.source + sizes.student - shared) + (4 - width) * trained  # trained weights in float32
+    optimizer = 12 * trained  # gradient and two moments in float32
+    tokens = micro_batch(stage)
+    checkpointing = stage.trainer.get("gradient_checkpointing", False)
+    per_layer = config.hidden_size * (2 if checkpointing else 34)  # saved activations a token, in numbers
+    activations = tokens * config.num_hidden_layers * per_layer * width
+    logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind == "distill" else 0
+    return weights + optimizer + activations + logits
+
+
+def bytes_on_disk(recipe: Recipe, sizes: Sizes, dtype: torch.dtype) -> int:
+    """Bytes that a whole run leaves, checkpoints included."""
+    width = torch.finfo(dtype).bits // 8
+    models = 2 + len(recipe.recover)  # converted, every stage, exported
+    checkpoints = 2 * (width * sizes.student + 8 * sizes.attention) if recipe.recover else 0
+    return models * width * sizes.student + checkpoints
+
+
+def render_plan(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    geometry: MLAGeometry,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    processes: int,
+    output: Path,
+) -> str:
+    """The text that `dry_run=true` prints."""
+    sizes = count_parameters(config, geometry)
+    g = geometry
+    query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
+    lines = [
+        f"recipe       {recipe.name} (seed {recipe.seed})",
+        f"source       {recipe.model.source} ({config.model_type}, {g.num_hidden_layers} layers, hidden {g.hidden_size}, "
+        f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
+        f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
+        f"{g.v_head_dim}, query {query}, freqfold {g.freqfold}, collapse {g.collapse}",
+        f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
+        f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
+        f"hardware     {processes} x {device}, {str(dtype).removeprefix('torch.')}",
+        "",
+        f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
+        f"{', '.join(recipe.convert.calibration.data)}",
+    ]
+    for index, stage in enumerate(recipe.recover):
+        trained = sizes.student if trained_part(stage) == "all" else sizes.attention
+        memory = training_memory(stage, sizes, config, dtype) / 2**30
+        lines.append(
+            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(stage.data)}, "
+            f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({trained_part(stage)}), "
+            f"about {memory:.1f} GiB a device"
+        )
+    lines += [
+        f"export       deepseek_v3, {recipe.export.layout} layout, {recipe.export.dtype}",
+        f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
+        f"{recipe.evaluate.max_length:,}",
+        "",
+        f"disk         about {bytes_on_disk(recipe, sizes, dtype) / 2**30:.1f} GiB below {output}",
+        *(f"writes       {output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),
+    ]
+    return "\n".join(lines)

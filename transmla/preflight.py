@@ -1,0 +1,84 @@
+"""Everything that can be refused before weights load, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from transmla.data.sources import check_dataset
+from transmla.errors import RecipeError
+from transmla.export.deepseek import blocking_feature, export_dimensions
+from transmla.families import family_of
+from transmla.geometry import MLAGeometry, derive_geometry
+from transmla.hardware import require_disk, resolve_device, resolve_dtype
+from transmla.modeling.student import student_config
+from transmla.plan import bytes_on_disk, count_parameters
+from transmla.recipe import Recipe
+from transmla.sources import source_config
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that passed every check, and what follows from it."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    geometry: MLAGeometry
+    device: str
+    dtype: torch.dtype
+    output: Path
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Check a recipe against the source's configuration, the data files and the machine.
+
+    Raises:
+        RecipeError: the first thing that would fail later.
+    """
+    device = resolve_device(recipe.device)
+    dtype = resolve_dtype(recipe.dtype, device)
+    config = source_config(recipe.model)
+    family = family_of(config)
+    geometry = derive_geometry(config, recipe.convert)
+    student = student_config(config, geometry, family)
+    if (reason := blocking_feature(student)) is not None:
+        raise RecipeError("export", f"{reason}; a stock checkpoint cannot express this source")
+    try:
+        export_dimensions(student, recipe.export.layout)
+    except ValueError as error:
+        raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
+    _check_data(recipe, config)
+    output = Path(recipe.output_dir.format(name=recipe.name))
+    if not recipe.dry_run:
+        missing = bytes_on_disk(recipe, count_parameters(config, geometry), dtype) - _already(output)
+        require_disk(output, max(missing, 0))
+    return Prepared(recipe, config, geometry, device, dtype, output)
+
+
+def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
+    used = [("convert.calibration.data", recipe.convert.calibration.data), ("evaluate.data", recipe.evaluate.data)]
+    used += [(f"recover.{index}.data", stage.data) for index, stage in enumerate(recipe.recover)]
+    for key, names in used:
+        if not names:
+            raise RecipeError(key, "no dataset is named; name at least one")
+        for name in names:
+            check_dataset(name, key)
+    limit = config.max_position_embeddings
+    lengths = {
+        "convert.calibration.max_length": recipe.convert.calibration.max_length,
+        "evaluate.max_length": recipe.evaluate.max_length,
+    }
+    lengths |= {
+        f"recover.{index}.trainer.max_length": stage.trainer.get("max_length") or 0
+        for index, stage in enumerate(recipe.recover)
+    }
+    for key, length in lengths.items():
+        if length > limit:
+            raise RecipeError(key, f"{length} is above the {limit} positions of the model; lower it")
+
+
+def _already(output: Path) -> int:
+    return sum(file.stat().st_size for file in output.rglob("*.safetensors")) if output.is_dir() else 0

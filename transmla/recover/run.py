@@ -1,0 +1,113 @@
+"""Run one recovery stage of a recipe: build the trainer, resume where it stopped, train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig
+
+from transmla.data.sources import load_many
+from transmla.modeling.student import ATTENTION, share_trunk, train_only
+from transmla.plan import steps_of, trained_part
+from transmla.recipe import AnyStage
+from transmla.recover.checkpoints import last_checkpoint
+from transmla.recover.distill import DistillTrainer
+from transmla.recover.layerwise import LayerwiseTrainer
+from transmla.recover.trainer import TeacherTrainer
+
+# What a recipe need not say. Packed rows keep documents apart in attention; long documents are split, not cut off.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "packing": True,
+    "packing_strategy": "bfd_split",
+    "shuffle_dataset": True,
+    "gradient_checkpointing": False,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+class _Progress(TrainerCallback):
+    """Carries the token count over a resume, which trl would start again from zero."""
+
+    def __init__(self, trainer: TeacherTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        seen = [line["num_tokens"] for line in state.log_history if "num_tokens" in line]
+        self.trainer._total_train_tokens = int(seen[-1]) if seen else 0
+
+
+def trainer_config(
+    stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+) -> SFTConfig:
+    """trl's own configuration object for a stage."""
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps_of(stage, processes),
+        seed=seed,
+        data_seed=seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device == "cpu",
+        **(TRAINER_DEFAULTS | stage.trainer),
+    )
+
+
+def build_trainer(
+    stage: AnyStage,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    *,
+    scales: list[float],
+    key: str,
+) -> TeacherTrainer:
+    """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
+
+    Args:
+        scales: E|output|² of every teacher attention. key: recipe key of the stage, for errors.
+    """
+    part = trained_part(stage)
+    if part == "attention":
+        share_trunk(student, teacher)
+    train_only(student, part)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    data = load_many(stage.data, f"{key}.data")
+    common = {"teacher": teacher, "train_dataset": data, "processing_class": tokenizer}
+    if stage.kind == "layerwise":
+        trainer = LayerwiseTrainer(student, config, scales=scales, **common)
+    else:
+        trainer = DistillTrainer(student, config, temperature=stage.temperature, **common)
+    trainer.add_callback(_Progress(trainer))
+    return trainer
+
+
+def run_stage(trainer: TeacherTrainer, dtype: torch.dtype) -> dict[str, Any]:
+    """Train, from the last whole checkpoint if there is one; the student ends in `dtype` and eval mode.
+
+    Returns:
+        tokens seen and the log: loss, learning rate, tokens a second by step.
+    """
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    del student.forward  # back to the class's own
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(False)
+        if ATTENTION in name or trained_all(trainer):
+            parameter.data = parameter.data.to(dtype)
+    student.eval()
+    return {"tokens": trainer._total_train_tokens, "log": trainer.state.log_history, "resumed_from": checkpoint}
+
+
+def trained_all(trainer: TeacherTrainer) -> bool:
+    """Whether every weight was trained (and so is a float32 master)."""
+    return all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())

@@ -1,0 +1,104 @@
+"""What the recovery trainers share: trl's data preparation, a frozen teacher, a loss summed over the global batch."""
+
+from __future__ import annotations
+
+import functools
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from transmla.recover.checkpoints import AtomicCheckpoints
+
+
+@dataclass
+class Objective:
+    """One micro-batch's share of the loss. total: sum over its tokens. tokens: how many the sum has."""
+
+    total: Tensor
+    tokens: Tensor
+
+
+class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
+    """trl's SFTTrainer with a loss against a frozen teacher.
+
+    The objective runs inside the student's own `forward` (so that DDP, FSDP and ZeRO see it) when that is called with
+    `objective=True`. Its sum is divided by the number of tokens of the global batch, over accumulation steps and
+    processes: the same global batch has the same loss and gradients however it is split.
+
+    Args:
+        teacher: the source model; set to eval mode, never given a gradient, on the student's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel, **kwargs: object) -> None:
+        super().__init__(model=model, args=args, **kwargs)
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.model_accepts_loss_kwargs = True  # the loss is normalised here, transformers must not divide it again
+        self._clock: tuple[float, float] | None = None
+        install_objective(self.model, self.objective)
+
+    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+        """The loss of one micro-batch: `inputs` as trl's collator made them."""
+        raise NotImplementedError
+
+    def count_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many tokens of a collated batch the loss sums over: those whose successor has a label."""
+        return (batch["labels"][:, 1:] != -100).sum()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        total = sum(self.count_tokens(batch) for batch in batch_samples).to(device)
+        return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
+        """Loss of one micro-batch as its share of the global batch's mean over tokens."""
+        tokens = inputs["input_ids"].numel() if "attention_mask" not in inputs else int(inputs["attention_mask"].sum())
+        outputs = model(inputs=inputs, objective=True)
+        count = outputs["tokens"] if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["total"] / torch.as_tensor(count).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+        if self.model.training:
+            self._total_train_tokens += tokens * self.accelerator.num_processes
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens a second since the last line to what transformers and trl log."""
+        if "loss" in logs:
+            now = time.monotonic()
+            if self._clock is not None:
+                seconds, tokens = now - self._clock[0], self._total_train_tokens - self._clock[1]
+                logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
+            self._clock = (now, self._total_train_tokens)
+        super().log(logs, start_time)
+
+
+def install_objective(model: PreTrainedModel, objective: Callable[[nn.Module, dict], Objective]) -> None:
+    """Make `model(inputs=..., objective=True)` return the objective; every other call is as before."""
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self: PreTrainedModel, *args: object, objective: bool = False, inputs: dict | None = None, **kwargs: object):
+        if not objective:
+            return original(*args, **kwargs)
+        result = compute(self, inputs)
+        return {"total": result.total, "tokens": result.tokens}
+
+    compute = objective
+    model.forward = types.MethodType(forward, model)
+
+
+def trunk_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a collated batch that a model's trunk takes."""
+    return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}

@@ -128,5 +128,6 @@ def derive_geometry(config: PretrainedConfig, convert: Convert) -> MLAGeometry:
 
 
 def default_freqfold(pairs: int, collapse: int) -> int:
-    """The freqfold of `auto`: two channels a band where the head has room for it, the best of a small search."""
-    return 2 * collapse if pairs % (2 * collapse) == 0 else collapse
+    """The freqfold of `auto`: one channel a band, the best of a small search with complex mixing."""
+    assert pairs % collapse == 0
+    return collapse

@@ -30,6 +30,8 @@ def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
     with init_empty_weights():
         source = AutoModelForCausalLM.from_config(config)
         student = family.student_model(student_config(config, geometry, family))
+    source.tie_weights()
+    student.tie_weights()
     attention = sum(value.numel() for name, value in student.named_parameters() if ATTENTION in name)
     return Sizes(
         source=sum(value.numel() for value in source.parameters()),
@@ -64,7 +66,9 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     optimizer = 12 * trained  # gradient and two moments in float32
     tokens = micro_batch(stage)
     checkpointing = stage.trainer.get("gradient_checkpointing", False)
-    per_layer = config.hidden_size * (2 if checkpointing else 34)  # saved activations a token, in numbers
+    # Numbers saved for the backward pass by token and layer: the attention's alone, or the whole layer's.
+    saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else 34
+    per_layer = config.hidden_size * saved
     activations = tokens * config.num_hidden_layers * per_layer * width
     logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind == "distill" else 0
     return weights + optimizer + activations + logits

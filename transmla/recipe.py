@@ -85,9 +85,9 @@ class Convert(Section):
     freqfold: PositiveInt | Literal["auto"] = "auto"
     collapse: PositiveInt | Literal["auto"] = "auto"
     mixing: Literal["complex", "real"] = "complex"  # matrices that mix key heads of one frequency
-    mean_rotation: bool = True  # replace a lost rotation by its mean under the attention's distances
+    mean_rotation: bool = True  # a lost rotation becomes the phase of its mean under the attention's distances
     weighting: Literal["cost", "norm"] = "cost"  # how keys and values share the latent
-    kv_balance: PositiveFloat = 1.0  # factor on the keys' share of the latent
+    kv_balance: PositiveFloat = 0.3  # factor on the keys' share of the latent
     calibration: Calibration
 
 

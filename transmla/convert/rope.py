@@ -4,7 +4,7 @@ Pair coordinate l of a head with l + d/2 into one complex number. With queries q
 source's logit is  Re sum_l conj(q_l) k_l exp(-i (t - s) w_l).  Within a band of `freqfold` neighbouring frequencies
 any invertible complex matrix may mix the (head, frequency) components of the keys, its inverse the queries', exactly
 as far as the frequencies of the band are equal (TransMLA, arXiv:2502.07864, section 4.2, mixes with real orthogonal
-matrices). The leading components of a band keep a rotation, at the frequencies `collapse * m`.
+matrices). The leading components of a band (PCA of the keys) keep a rotation, at the frequencies `collapse * m`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ def decouple_rope(
     freqfold: int,
     collapse: int,
     distance: Tensor | None,
-    importance: Tensor,
     mixing: str = "complex",
 ) -> DecoupledRope:
     """Split rotary attention into a shared rope head and parts without rotation.
@@ -75,10 +74,9 @@ def decouple_rope(
         second_moment: E[x x^T] of the augmented input, [D1, D1].
         frequencies: [d/2], the source's rotary frequencies.
         freqfold, collapse: a band is `freqfold` neighbouring frequencies, `freqfold / collapse` channels are kept.
-        distance: [H, L] distribution of attention distances; a lost rotation is then replaced by its mean (the best
-            constant under that distribution), a rotation at a neighbouring frequency is corrected likewise.
-            None: a lost rotation becomes 1.
-        importance: [H], weight of a head's squared logit error.
+        distance: [H, L] distribution of attention distances; a lost rotation then becomes the phase of its mean under
+            that distribution. None: it becomes 1. (The mean itself also shrinks the logits, as the best constant for
+            their squared error does; measured, keeping their size is better: docs/experiments.md.)
         mixing: `complex` (unitary) or `real` (orthogonal, as TransMLA).
     """
     heads, groups = len(query), len(key)
@@ -87,35 +85,25 @@ def decouple_rope(
     pairs = q.shape[1]
     group_of = torch.arange(heads, device=query.device) // (heads // groups)
 
-    lost = _mean(distance, frequencies, heads)  # [H, d/2]
-    energy = torch.einsum("hlx,xy,hly->hl", q, moment, q.conj()).real
-    # What leaving pair (g, l) without rotation costs: logit energy of its queries times the variance of the rotation.
     if distance is None:
-        cost = torch.ones(groups, pairs, dtype=energy.dtype, device=energy.device)
+        phase = torch.ones(heads, pairs, dtype=q.dtype, device=q.device)
     else:
-        spread = (importance[:, None] * energy * (1 - lost.abs() ** 2)).clamp_min(0)
-        cost = torch.zeros(groups, pairs, dtype=energy.dtype, device=energy.device).index_add_(0, group_of, spread)
-        cost = cost.clamp_min(1e-9 * cost.max().clamp_min(1e-30))
-
-    import os
-    q_nope = lost.conj()[:, :, None] * q
+        phase = torch.polar(torch.ones_like(frequencies), mean_rotation(distance, frequencies).angle())
+    q_nope = phase.conj()[:, :, None] * q
     k_nope = k.clone()
     q_rope, k_rope = [], []
     keep = freqfold // collapse
     for start in range(0, pairs, freqfold):
         band = slice(start, start + freqfold)
-        weight = cost[:, band].sqrt().flatten()[:, None]  # [G*F, 1]
         block = k[:, band].flatten(0, 1)  # [G*F, D1]
-        gram = weight * (block @ moment @ block.mH) * weight.T
+        gram = block @ moment @ block.mH
         if mixing == "real":
             gram = gram.real.to(gram.dtype)
-        basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :keep]
-        analysis = basis.mH * weight.T  # z = analysis k
-        synthesis = basis / weight  # k ≈ synthesis z
-        kept = analysis @ block  # [keep, D1]
-        k_nope[:, band] -= (synthesis @ kept).unflatten(0, (groups, freqfold))
+        basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :keep]  # k ≈ basis z
+        kept = basis.mH @ block  # z: [keep, D1]
+        k_nope[:, band] -= (basis @ kept).unflatten(0, (groups, freqfold))
         k_rope.append(kept)
-        mix = synthesis.unflatten(0, (groups, freqfold))[group_of]  # [H, F, keep]
+        mix = basis.unflatten(0, (groups, freqfold))[group_of]  # [H, F, keep]
         q_rope.append(torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band]))
     return DecoupledRope(
         q_nope=to_real(q_nope),
@@ -124,8 +112,3 @@ def decouple_rope(
         k_rope=to_real(torch.cat(k_rope, dim=0)),
     )
 
-
-def _mean(distance: Tensor | None, frequencies: Tensor, heads: int) -> Tensor:
-    if distance is None:
-        return torch.ones(heads, len(frequencies), dtype=torch.complex128, device=frequencies.device)
-    return mean_rotation(distance, frequencies)

@@ -50,7 +50,6 @@ def solve_attention(
         freqfold=geometry.freqfold,
         collapse=geometry.collapse,
         distance=statistics.distance if settings.mean_rotation else None,
-        importance=importance,
         mixing=settings.mixing,
     )
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.

@@ -1,0 +1,77 @@
+"""Tiny models and text that every test may use; nothing here touches the network."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from transmla.recipe import Calibration, Convert
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+VOCAB = 97
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    """Models that recipes make are cached for the session, not in the user's home."""
+    os.environ["TRANSMLA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+
+
+def tiny_config(family: str = "llama", *, groups: int = 2, **fields: object) -> PretrainedConfig:
+    """A configuration of 2 layers, 4 heads of 16 and hidden 64 (so 4·16 = D, every map can be of full rank)."""
+    common = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=groups,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.08,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return (LlamaConfig if family == "llama" else Qwen2Config)(**(common | fields))
+
+
+def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: object) -> PreTrainedModel:
+    """A random model with attention far from uniform, non-zero biases and norms other than one."""
+    torch.manual_seed(1)
+    config = tiny_config(family, **fields)
+    model = (LlamaForCausalLM if family == "llama" else Qwen2ForCausalLM)(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                parameter.mul_(2)
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def settings(**fields: object) -> Convert:
+    """A conversion section."""
+    return Convert(**({"calibration": Calibration(data=["unused"], max_length=32)} | fields))
+
+
+def windows(count: int = 16, length: int = 32) -> list[torch.Tensor]:
+    """Random calibration batches [4, length]."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(1, VOCAB, (4, length), generator=generator) for _ in range(count // 4)]
+
+
+FULL = dict(qk_rope_head_dim=16, kv_lora_rank=32, freqfold=1)  # nothing is truncated with one key head

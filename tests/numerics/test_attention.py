@@ -1,0 +1,110 @@
+"""The student's attention: packing, kernels, checkpointing, compilation, caching."""
+
+import pytest
+import torch
+
+from tests.conftest import VOCAB, settings, tiny_model, windows
+from transmla.convert.convert import convert_model
+from transmla.geometry import derive_geometry
+from transmla.modeling.backends import eager_attention, sdpa
+
+
+def student():
+    source = tiny_model()
+    convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
+    return convert_model(source, derive_geometry(source.config, convert), convert, windows())[0]
+
+
+def packed(lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    documents = [torch.randint(1, VOCAB, (length,)) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return documents, torch.cat(documents)[None], positions[None]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_packed_equals_unpacked(implementation: str) -> None:
+    model = student()
+    model.set_attn_implementation(implementation)
+    documents, row, positions = packed((13, 5, 22))
+    with torch.no_grad():
+        together = model(input_ids=row, position_ids=positions, use_cache=False).logits[0]
+        apart = torch.cat([model(input_ids=document[None]).logits[0] for document in documents])
+        mixed = model(input_ids=row).logits[0]
+    assert (together - apart).abs().max() < 1e-5
+    assert (mixed - apart).abs().max() > 1e-2  # the boundary matters
+
+
+def test_padding_does_not_reach_other_tokens() -> None:
+    model = student()
+    row = torch.randint(1, VOCAB, (1, 9))
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), row), dim=1)
+    mask = torch.tensor([[0] * 4 + [1] * 9])
+    with torch.no_grad():
+        got = model(input_ids=padded, attention_mask=mask, position_ids=mask.cumsum(-1) - 1).logits[:, 4:]
+        assert (got - model(input_ids=row).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernel_against_the_definition(masked: bool) -> None:
+    query, key = torch.randn(2, 3, 17, 24).unbind(0)[0][None], torch.randn(1, 3, 17, 24)
+    value = torch.randn(1, 3, 17, 10)
+    causal = torch.ones(17, 17, dtype=torch.bool).tril()
+    if masked:
+        causal &= torch.arange(17)[None] // 6 == torch.arange(17)[:, None] // 6
+    additive = torch.zeros(17, 17).masked_fill(~causal, float("-inf"))
+    wanted = eager_attention(torch.nn.Module().eval(), query.double(), key.double(), value.double(), additive, 0.3)[0]
+    got = sdpa(query, key, value, causal[None, None] if masked else None, 0.3, 0.0)
+    assert (got - wanted).abs().max() < 1e-5
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = student().train()
+    row = torch.randint(1, VOCAB, (2, 20))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=row, labels=row, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(one, other) for one, other in zip(plain, gradients(), strict=True))
+    assert all(gradient.abs().sum() > 0 for gradient in plain)
+
+
+def test_compiled_without_a_graph_break() -> None:
+    model = student()
+    compiled = torch.compile(model.model, fullgraph=True)
+    row = torch.randint(1, VOCAB, (2, 20))
+    with torch.no_grad():
+        got = compiled(input_ids=row, use_cache=False).last_hidden_state
+        assert (got - model.model(input_ids=row).last_hidden_state).abs().max() < 1e-5
+
+
+def test_generation_with_the_latent_cache() -> None:
+    model = student()
+    row = torch.randint(1, VOCAB, (2, 9))
+    out = model.generate(
+        row, attention_mask=torch.ones_like(row), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+    )
+    full = row
+    for _ in range(8):
+        with torch.no_grad():
+            following = model(input_ids=full, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        full = torch.cat((full, following), dim=1)
+    generated = out.sequences
+    assert torch.equal(generated, full[:, : generated.shape[1]])
+    layer = out.past_key_values.layers[0]
+    assert layer.keys.shape[-1] + layer.values.shape[-1] == 24 + 8  # latent and rope key, nothing per head
+
+
+def test_save_and_load(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = student()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    row = torch.randint(1, VOCAB, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=row).logits, loaded(input_ids=row).logits)
+    assert list(tmp_path.glob("*.safetensors"))

@@ -80,8 +80,10 @@ def _run(verb: str, words: list[str]) -> int:
 def _quiet() -> None:
     """Silence other libraries' notes that a user of this program can do nothing about."""
     import transformers
-    from datasets.utils.logging import set_verbosity_error
+    import datasets
 
     transformers.logging.set_verbosity_error()
-    set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of loading; calibration, training and evaluation have their own
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -87,11 +87,13 @@ def _assign(tree: DictConfig, override: str) -> None:
     """Set one dotted key, list items by their index. Whether the key may exist is the schema's business."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    key = override.partition("=")[0]
+    key, _, text = override.partition("=")
     try:
         value: Any = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
-        raise RecipeError(key, f"cannot read the value: {' '.join(str(error).split())[:200]}") from None
+        if text[:1] in "[{'\"":
+            raise RecipeError(key, f"cannot read the value: {' '.join(str(error).split())[:200]}") from None
+        value = text  # Hydra's grammar has no bare `==`, as in pypi:PACKAGE==VERSION
     node: Any = tree
     *parents, leaf = key.split(".")
     OmegaConf.set_struct(tree, False)

@@ -31,7 +31,7 @@ from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
 from transmla.evaluate.perplexity import compare, final_hidden
 from transmla.evaluate.report import write_report
-from transmla.hardware import peak_memory, reset_peak_memory
+from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
 from transmla.sources import check_facts, fetch, identity, load_model
 
@@ -49,6 +49,8 @@ class Pipeline:
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         set_seed(self.recipe.seed)
+        if prepared.device == "cpu":
+            use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     # ---- what stages are made from ----
 

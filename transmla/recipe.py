@@ -156,6 +156,7 @@ class Recipe(Section):
     output_dir: str = "outputs/{name}"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware multiplies it fast
+    threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads a process; auto: the machine's cores, shared out
     dry_run: bool = False
     model: ModelSource
     convert: Convert

@@ -1,0 +1,69 @@
+"""Artifacts and checkpoints that are there whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from transmla.artifacts import fingerprint, is_current, publishing, read_record
+
+
+def test_an_artifact_appears_whole(tmp_path) -> None:
+    target = tmp_path / "thing"
+    with publishing(target, {"fingerprint": "a"}) as scratch:
+        (scratch / "weights").write_text("1")
+        assert not target.exists()
+    assert is_current(target, "a") and not is_current(target, "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_a_failure_leaves_the_earlier_artifact(tmp_path) -> None:
+    target = tmp_path / "thing"
+    with publishing(target, {"fingerprint": "a"}) as scratch:
+        (scratch / "weights").write_text("1")
+    with pytest.raises(RuntimeError), publishing(target, {"fingerprint": "b"}) as scratch:
+        (scratch / "weights").write_text("2")
+        raise RuntimeError
+    assert (target / "weights").read_text() == "1"
+    assert read_record(target) == {"fingerprint": "a"}
+    assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+def test_fingerprints_see_every_setting() -> None:
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+STEPS = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "replace")
+
+
+@pytest.mark.parametrize("where", STEPS)
+def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkeypatch) -> None:
+    """At whatever point the save dies, the newest checkpoint is the whole one before."""
+    from transmla.recover.checkpoints import last_checkpoint
+    from transmla.recover.layerwise import LayerwiseTrainer
+    from tests.unit.test_recover import make_trainer
+
+    class Killed(BaseException):
+        pass
+
+    saves = 0
+    original = os.replace if where == "replace" else getattr(LayerwiseTrainer, where)
+
+    def dying(*args, **kwargs):
+        nonlocal saves
+        if where != "replace" or Path(args[0]).name.startswith("checkpoint-"):
+            saves += 1
+            if saves == 2:
+                raise Killed
+        return original(*args, **kwargs)
+
+    trainer = make_trainer("layerwise", tmp_path, steps=6, save_steps=2)
+    if where == "replace":
+        monkeypatch.setattr("os.replace", dying)
+    else:
+        monkeypatch.setattr(LayerwiseTrainer, where, dying)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
+    assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()

@@ -1,0 +1,80 @@
+"""Definitions of datasets and windows of tokens."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from transmla.data.sources import check_dataset, load_many, load_one
+from transmla.data.windows import token_windows
+from transmla.errors import RecipeError
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_windows_cut_a_stream_of_documents() -> None:
+    data = Dataset.from_dict({"text": ["abc", "de", "fghij"]})
+    windows = token_windows(data, Letters(), tokens=9, length=4)
+    assert windows.tolist() == [[97, 98, 99, 0], [100, 101, 0, 102]]
+    with pytest.raises(ValueError, match="fewer than one window"):
+        token_windows(data, Letters(), tokens=64, length=64)
+
+
+def test_calibration_and_evaluation_samples_are_disjoint() -> None:
+    train, heldout = load_one("sample_train", "k"), load_one("sample_heldout", "k")
+    assert not set(train["text"]) & set(heldout["text"])
+    assert sum(map(len, train["text"])) > 700_000 and sum(map(len, heldout["text"])) > 150_000
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+def test_local_formats(suffix: str, tmp_path) -> None:
+    file = tmp_path / f"data.{suffix}"
+    rows = [{"body": "one"}, {"body": "two"}]
+    if suffix == "jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    elif suffix == "parquet":
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text("one\n<|doc|>\ntwo")
+    definition = tmp_path / "mine.yaml"
+    columns = "columns: {text: text}\nseparator: '<|doc|>'" if suffix == "txt" else "columns: {text: body}"
+    definition.write_text(f"path: {file.name}\n{columns}\nlicence: mine\n")
+    check_dataset(str(definition), "k")
+    assert load_one(str(definition), "k")["text"] == ["one", "two"]
+
+
+def test_template(tmp_path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": "2+2", "a": "4"}))
+    definition = tmp_path / "mine.yaml"
+    definition.write_text("path: data.jsonl\ntemplate: \"Q: {q}\\nA: {a}\"\n")
+    (row,) = load_one(str(definition), "k")
+    assert row == {"text": "Q: 2+2\nA: 4"}
+
+
+@pytest.mark.parametrize(
+    "text,reason",
+    [
+        ("columns: {text: text}", "exactly one of hub and path"),
+        ("path: a.jsonl\ncolumns: {prompt: p}", "prompt and completion"),
+        ("path: a.jsonl\ncolums: {text: t}", "colums"),
+    ],
+)
+def test_wrong_definitions(text: str, reason: str, tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=reason):
+        check_dataset(str(file), "recover.0.data")
+
+
+def test_kinds_do_not_mix(tmp_path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    (tmp_path / "chat.yaml").write_text("path: chat.jsonl\ncolumns: {messages: messages}\n")
+    with pytest.raises(RecipeError, match="different kinds"):
+        load_many(["sample_train", str(tmp_path / "chat.yaml")], "k")

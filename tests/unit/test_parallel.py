@@ -1,0 +1,51 @@
+"""Two processes and one: the same global batch has the same loss and gives the same weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.test_recover import PLAIN, losses, make_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 3
+
+
+def train(kind: str, folder: Path, processes: int, packing: bool) -> None:
+    trainer = make_trainer(
+        kind, folder, steps=STEPS, batch=4 // processes, accumulate=2, processes=processes, packing=packing, **PLAIN
+    )
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    if trainer.is_world_process_zero():
+        after = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+        change = torch.cat([(after[name] - value).detach().flatten() for name, value in before.items()])
+        torch.save({"losses": losses(trainer), "change": change}, folder / "result.pt")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_two_processes_equal_one(kind: str, packing: bool, tmp_path) -> None:
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+             "-m", "tests.unit.test_parallel", kind, str(folder), str(processes), str(int(packing))],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(torch.load(folder / "result.pt"))
+    one, two = results
+    assert len(one["losses"]) == STEPS
+    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-5, atol=1e-7)
+    assert (one["change"] - two["change"]).norm() < 1e-4 * one["change"].norm()
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), bool(int(sys.argv[4])))

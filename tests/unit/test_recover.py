@@ -1,0 +1,186 @@
+"""Trainers: loss normalisation over accumulation and packing, resuming, what is trained."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.conftest import settings, tiny_model, windows
+from transmla.convert.convert import convert_model
+from transmla.geometry import derive_geometry
+from transmla.modeling.student import ATTENTION
+from transmla.recipe import Distill, Layerwise
+from transmla.recover.run import build_trainer, run_stage, trainer_config
+from transmla.sources import _random_model
+from transmla.recipe import ModelSource
+
+LENGTH = 24
+PLAIN = {"optim": "sgd", "learning_rate": 0.5}  # weights change by the gradient itself: a wrong factor is a wrong change
+
+
+def tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    config = dict(model_type="llama", vocab_size=260, hidden_size=16, num_attention_heads=1, intermediate_size=16, num_hidden_layers=1)
+    _random_model(ModelSource(source="random", config=config), folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def documents() -> list[list[int]]:
+    """Documents of 5 to 24 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.randint(5, LENGTH + 1, (64,), generator=generator).tolist()
+    return [torch.randint(1, 97, (size,), generator=generator).tolist() for size in sizes]
+
+
+def make_trainer(kind: str, folder: Path, *, steps: int = 4, batch: int = 2, accumulate: int = 1, processes: int = 1, **trainer):
+    torch.manual_seed(0)
+    teacher = tiny_model()
+    convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
+    student, statistics = convert_model(teacher, derive_geometry(teacher.config, convert), convert, windows())
+    student = copy.deepcopy(student)
+    defaults = dict(
+        max_length=LENGTH,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        learning_rate=1e-3,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        max_grad_norm=0.0,
+    )
+    fields = dict(data=["unused"], tokens=steps * batch * accumulate * processes * LENGTH, trainer=defaults | trainer)
+    stage = Layerwise(kind="layerwise", **fields) if kind == "layerwise" else Distill(kind="distill", train="all", **fields)
+    config = trainer_config(stage, folder, seed=0, device="cpu", dtype=torch.float32, processes=processes)
+    data = Dataset.from_dict({"input_ids": documents(), "labels": documents()})
+    import transmla.recover.run as run
+
+    original, run.load_many = run.load_many, lambda names, key: data
+    try:
+        return build_trainer(
+            stage,
+            student,
+            teacher,
+            tokenizer(folder / "tokenizer"),
+            config,
+            scales=[layer.output_mean_square for layer in statistics],
+            key="recover.0",
+        )
+    finally:
+        run.load_many = original
+
+
+def losses(trainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_accumulation_does_not_change_the_loss(kind: str, tmp_path) -> None:
+    """The same global batch in one piece or in four: same losses, same weights."""
+    runs = {}
+    for name, batch, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
+        trainer = make_trainer(kind, tmp_path / name, batch=batch, accumulate=accumulate, packing=False, **PLAIN)
+        before = [value.detach().clone() for value in trainer.model.parameters()]
+        trainer.train()
+        change = [(new - old).flatten() for new, old in zip(trainer.model.parameters(), before, strict=True)]
+        runs[name] = (losses(trainer), torch.cat(change).detach())
+    assert len(runs["whole"][0]) == 4
+    torch.testing.assert_close(runs["whole"][0], runs["parts"][0], rtol=1e-5, atol=1e-7)
+    assert (runs["whole"][1] - runs["parts"][1]).norm() < 1e-4 * runs["whole"][1].norm()
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_packed_equals_unpacked_loss(kind: str, tmp_path) -> None:
+    """The mean over tokens of the same documents, packed into rows or one a row."""
+    sums = {}
+    for packing in (False, True):
+        trainer = make_trainer(kind, tmp_path / str(packing), batch=4, packing=packing)
+        total = count = 0.0
+        for batch in trainer.get_train_dataloader():
+            with torch.no_grad():
+                out = trainer.model(inputs=batch, objective=True)
+            total, count = total + out["total"].double(), count + int(out["tokens"])
+        sums[packing] = (float(total), count)
+    assert sums[False][1] == sums[True][1]
+    assert sums[False][0] == pytest.approx(sums[True][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_stopped_and_resumed_equals_straight(kind: str, tmp_path) -> None:
+    """Bitwise: losses and weights of eight steps, and of five, a kill, and the rest."""
+    straight = make_trainer(kind, tmp_path / "straight", steps=8, save_steps=4)
+    run_stage(straight, torch.float32)
+
+    stopped = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4)
+
+    class Killed(BaseException):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise Killed
+
+    stopped.add_callback(Kill())
+    with pytest.raises(Killed):
+        stopped.train()
+    resumed = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4)
+    result = run_stage(resumed, torch.float32)
+    assert result["resumed_from"].endswith("checkpoint-4")
+    assert losses(resumed) == losses(straight)
+    assert result["tokens"] == straight._total_train_tokens
+    for (name, one), other in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_only_attention_learns_and_the_trunk_is_shared(tmp_path) -> None:
+    trainer = make_trainer("layerwise", tmp_path)
+    teacher = dict(trainer.teacher.named_parameters())
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    for name, value in before.items():
+        if ATTENTION not in name:
+            assert trainer.model.get_parameter(name).data_ptr() == teacher[name].data_ptr()
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        assert torch.equal(value, before[name]) == (ATTENTION not in name), name
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_training_lowers_the_loss(kind: str, tmp_path) -> None:
+    trainer = make_trainer(kind, tmp_path, steps=24, batch=4, learning_rate=3e-3)
+    trainer.train()
+    history = losses(trainer)
+    assert sum(history[-4:]) < 0.8 * sum(history[:4])
+    assert all("tokens_per_second" in line for line in trainer.state.log_history[2:-1])
+
+
+def test_layerwise_loss_is_the_sum_over_layers(tmp_path) -> None:
+    """Against attention outputs collected by hand."""
+    trainer = make_trainer("layerwise", tmp_path, packing=False)
+    row = torch.tensor([documents()[0]])
+    seen = {}
+    handles = [
+        layer.self_attn.register_forward_hook(
+            lambda module, args, kwargs, out, index=index: seen.update({index: (kwargs["hidden_states"], out[0])}),
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(trainer.teacher.model.layers)
+    ]
+    with torch.no_grad():
+        trainer.teacher.model(row)
+    for handle in handles:
+        handle.remove()
+    student = trainer.model
+    rotation = student.model.rotary_emb(row.float(), torch.arange(row.shape[1])[None])
+    expected = 0.0
+    for index, (x, out) in seen.items():
+        with torch.no_grad():
+            own, _ = student.model.layers[index].self_attn(x, position_embeddings=rotation)
+        expected += float((own - out).square().sum()) / trainer.scales[index] / len(seen)
+    got = trainer.objective(student, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+    assert float(got.total) == pytest.approx(expected, rel=1e-5)
+    assert int(got.tokens) == row.numel()

@@ -13,13 +13,15 @@ from pathlib import Path
 def score(folder: str, tokens_file: str, out_file: str, device: str) -> None:
     """Load a directory with stock transformers and write log-probabilities of every next word.
 
+    Whatever format the weights are stored in, they are multiplied in float32: rounded products would hide a mistake.
+
     tokens_file: safetensors with `input_ids` [n, L]. out_file: safetensors with `log_probs` [n, L, V] in float32.
     """
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
     tokens = load_file(tokens_file)["input_ids"].to(device)
     with torch.no_grad():

@@ -27,6 +27,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def read_records(root: Path) -> dict[str, dict[str, Any]]:
+    """The records of all finished artifacts below a folder, by relative path."""
+    return {str(file.parent.relative_to(root)): json.loads(file.read_text()) for file in sorted(root.rglob(RECORD))}
+
+
 def is_current(folder: Path, digest: str) -> bool:
     """Whether a finished artifact was made from exactly these settings and inputs."""
     record = read_record(folder)

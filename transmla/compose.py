@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +117,3 @@ def _item(node: Any, part: str, key: str) -> Any:
     if not part.isdigit() or int(part) >= len(node):
         raise RecipeError(key, f"the list has {len(node)} items: use an index from 0 to {len(node) - 1}")
     return node[int(part)]
-
-
-logging.getLogger("hydra").setLevel(logging.WARNING)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +20,18 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla import __version__
-from transmla.artifacts import RECORD, fingerprint, is_current, publishing, read_record
-from transmla.data.sources import find_definition, load_many, local_files
+from transmla.artifacts import is_current, publishing
+from transmla.data.sources import load_many
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
-from transmla.evaluate.perplexity import compare, final_hidden
-from transmla.evaluate.report import write_report
+from transmla.evaluate.report import MODELS, write_report
+from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
-from transmla.sources import check_facts, fetch, identity, load_model
-
-MODELS = ("teacher", "converted", "recovered", "exported")
-# Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
-DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+from transmla.sources import check_facts, fetch, load_model
 
 
 class Pipeline:
@@ -49,16 +43,21 @@ class Pipeline:
         self.out = prepared.output
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        self.digests = Fingerprints(prepared, self.state.num_processes)
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if self.state.num_processes > 1:
+            with self.state.main_process_first():  # one process downloads, the others find it in the cache
+                _ = self.source_folder
 
     # ---- what stages are made from ----
 
     @cached_property
     def source_folder(self) -> Path:
-        with self.state.main_process_first():
-            return fetch(self.recipe.model)
+        folder = fetch(self.recipe.model)
+        check_facts(self.recipe.model, AutoConfig.from_pretrained(folder))
+        return folder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -66,9 +65,7 @@ class Pipeline:
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
-        model = load_model(self.source_folder, self.prepared.dtype, self.device)
-        check_facts(self.recipe.model, model.config)
-        return model
+        return load_model(self.source_folder, self.prepared.dtype, self.device)
 
     @property
     def device(self) -> str:
@@ -83,73 +80,6 @@ class Pipeline:
         """The last stage's result is `recovered`; earlier ones are kept below `stages`."""
         last = index == len(self.recipe.recover) - 1
         return self.out / "recovered" if last else self.out / "stages" / f"{index}_{self.recipe.recover[index].kind}"
-
-    # ---- fingerprints: settings and inputs of every stage ----
-
-    def _data_identity(self, names: list[str], key: str) -> list[Any]:
-        found = []
-        for name in names:
-            definition, folder = find_definition(name, key)
-            files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in local_files(definition, folder, key)]
-            found.append([definition.model_dump(mode="json", exclude={"about", "licence"}), files])
-        return found
-
-    @cached_property
-    def convert_digest(self) -> str:
-        section = self.recipe.convert
-        return fingerprint(
-            {
-                "source": identity(self.recipe.model),
-                "geometry": asdict(self.prepared.geometry),
-                "convert": section.model_dump(mode="json"),
-                "data": self._data_identity(section.calibration.data, "convert.calibration.data"),
-                "dtype": str(self.prepared.dtype),
-                "seed": self.recipe.seed,
-            }
-        )
-
-    def stage_digest(self, index: int) -> str:
-        """Fingerprint of recovery stage `index` (-1: the conversion)."""
-        if index < 0:
-            return self.convert_digest
-        stage = self.recipe.recover[index]
-        settings = stage.model_dump(mode="json")
-        for unimportant in ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm"):
-            settings["trainer"].pop(unimportant, None)
-        return fingerprint(
-            {
-                "input": self.stage_digest(index - 1),
-                "stage": settings,
-                "data": self._data_identity(stage.data, f"recover.{index}.data"),
-                "processes": self.state.num_processes,
-            }
-        )
-
-    @property
-    def student_digest(self) -> str:
-        return self.stage_digest(len(self.recipe.recover) - 1)
-
-    @property
-    def export_digest(self) -> str:
-        return fingerprint({"input": self.student_digest, "export": self.recipe.export.model_dump(mode="json")})
-
-    def evaluation_digest(self, model: str) -> str:
-        """Fingerprint of one model's evaluation."""
-        section = self.recipe.evaluate
-        inputs = {
-            "teacher": identity(self.recipe.model),
-            "converted": self.convert_digest,
-            "recovered": self.student_digest,
-            "exported": self.export_digest,
-        }
-        return fingerprint(
-            {
-                "input": inputs[model],
-                "evaluate": section.model_dump(mode="json"),
-                "data": self._data_identity(section.data, "evaluate.data"),
-                "dtype": str(self.prepared.dtype),
-            }
-        )
 
     # ---- running ----
 
@@ -201,13 +131,13 @@ class Pipeline:
             scales = torch.tensor([layer.output_mean_square for layer in statistics], dtype=torch.float64)
             save_file({"output_mean_square": scales}, scratch / "statistics.safetensors")
 
-        self._make(self.out / "converted", self.convert_digest, "convert", build)
+        self._make(self.out / "converted", self.digests.convert, "convert", build)
 
     def recover(self) -> None:
         """The recovery stages; each starts from the one before."""
         for index, stage in enumerate(self.recipe.recover):
             self._keep_earlier_result(index)
-            folder, digest = self.stage_folder(index), self.stage_digest(index)
+            folder, digest = self.stage_folder(index), self.digests.stage(index)
             label = f"recover.{index} {stage.kind}"
             if is_current(folder, digest):
                 self.say(f"[{label}] unchanged, skipped")
@@ -217,9 +147,9 @@ class Pipeline:
     def _keep_earlier_result(self, index: int) -> None:
         """A recipe that was lengthened: what was `recovered` is now an earlier stage, and still good."""
         folder = self.stage_folder(index)
-        if folder.name == "recovered" or not is_current(self.out / "recovered", self.stage_digest(index)):
+        if folder.name == "recovered" or not is_current(self.out / "recovered", self.digests.stage(index)):
             return
-        if self.state.is_main_process and not is_current(folder, self.stage_digest(index)):
+        if self.state.is_main_process and not is_current(folder, self.digests.stage(index)):
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(self.out / "recovered", folder)
@@ -276,35 +206,24 @@ class Pipeline:
 
     def export(self) -> None:
         """The stock checkpoint, published only when a fresh process agrees with the student."""
-        self._require(self.student_folder, self.student_digest, "export")
+        self._require(self.student_folder, self.digests.student, "export")
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
-            from transmla.export.deepseek import deepseek_config, export_state
+            from transmla.export.publish import write_checkpoint
 
-            section = self.recipe.export
             student = load_model(self.student_folder, self.prepared.dtype, "cpu")
-            dtype = self._export_dtype()
-            config = deepseek_config(student.config, section.layout, dtype)
-            state = export_state(student, section.layout, dtype)
-            with torch.device("meta"):
-                model = transformers.DeepseekV3ForCausalLM(config)
-            expected = set(model.state_dict())
-            assert expected == set(state), f"names differ: {sorted(expected ^ set(state))[:4]}"
-            model.load_state_dict(state, assign=True, strict=True)
-            model.generation_config = GenerationConfig.from_dict(student.generation_config.to_dict())
-            model.save_pretrained(scratch, max_shard_size=section.max_shard_size)
-            self.tokenizer.save_pretrained(scratch)
-            del model, state, student
+            write_checkpoint(student, self.tokenizer, self.recipe.export, self._export_dtype(), scratch)
+            del student  # one model in memory at a time
             record["format"] = "deepseek_v3"
-            record["max_abs_logprob_diff"] = self._verify(scratch)
+            record["max_abs_logprob_diff"] = self._check_reload(scratch)
 
-        self._make(self.out / "exported", self.export_digest, "export", build)
+        self._make(self.out / "exported", self.digests.export, "export", build)
 
     def verify(self) -> None:
         """Check an existing export again."""
-        self._require(self.out / "exported", self.export_digest, "verify")
+        self._require(self.out / "exported", self.digests.export, "verify")
         if self.state.is_main_process:
-            difference = self._verify(self.out / "exported")
+            difference = self._check_reload(self.out / "exported")
             self.say(f"[verify] max |difference of log-probabilities| {difference:.2e}")
         self.state.wait_for_everyone()
 
@@ -312,113 +231,56 @@ class Pipeline:
         wanted = self.recipe.export.dtype
         return self.prepared.dtype if wanted == "auto" else getattr(torch, wanted)
 
-    @torch.no_grad()
-    def _verify(self, folder: Path) -> float:
-        """Compare stock transformers in a fresh process with the student; both multiply in float32.
-
-        Raises:
-            RuntimeError: the difference is above the tolerance.
-        """
-        from transmla.export.verify import score_in_fresh_process
+    def _check_reload(self, folder: Path) -> float:
+        """Compare stock transformers in a fresh process with the student; both multiply in float32."""
+        from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities
 
         section = self.recipe.export.verify
         length = min(section.tokens, self.recipe.evaluate.max_length)
         data = load_many(self.recipe.evaluate.data[:1], "evaluate.data")
         tokens = token_windows(data, self.tokenizer, tokens=section.tokens, length=length)
-        student = load_model(self.student_folder, torch.float32, "cpu")
-        own = torch.cat([student(row[None]).logits.log_softmax(-1) for row in tokens])
-        del student  # one model in memory at a time
-        scratch = self.out / ".partial-verify"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        try:
-            save_file({"input_ids": tokens}, scratch / "tokens.safetensors")
-            score_in_fresh_process(folder, scratch / "tokens.safetensors", scratch / "scores.safetensors", "cpu")
-            scores = load_file(scratch / "scores.safetensors")["log_probs"]
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        difference = float((own - scores).abs().max())
+        expected = log_probabilities(load_model(self.student_folder, torch.float32, "cpu"), tokens)
         tolerance = section.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
-        if not difference <= tolerance:  # a NaN fails too
-            raise RuntimeError(
-                f"export.verify: log-probabilities of the exported model differ by {difference:.3g} from the student's, "
-                f"tolerance {tolerance:.3g}; nothing was published"
-            )
-        return difference
-
-    # ---- evaluation ----
+        return check_reload(folder, tokens, expected, tolerance)
 
     def evaluate(self) -> None:
         """Quality of every model that is there, then the report."""
-        folders = {
-            "teacher": None,
-            "converted": self.out / "converted",
-            "recovered": self.out / "recovered",
-            "exported": self.out / "exported",
-        }
-        if not self.recipe.recover:
-            del folders["recovered"]
-        for name, folder in folders.items():
-            if folder is not None and not folder.is_dir():
+        for name in MODELS:
+            folder = None if name == "teacher" else self.out / name
+            if (folder is not None and not folder.is_dir()) or (name == "recovered" and not self.recipe.recover):
                 continue
-            target = self.out / "evaluation" / name
-            self._make(
-                target,
-                self.evaluation_digest(name),
-                f"evaluate {name}",
-                lambda scratch, record, name=name, folder=folder: self._evaluate_one(name, folder, scratch, record),
-            )
+
+            def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
+                self._evaluate_one(name, folder, scratch, record)
+
+            self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
         if self.state.is_main_process:
             write_report(self.out, self.recipe, self.prepared.geometry)
             self.say((self.out / "report.md").read_text())
         self.state.wait_for_everyone()
 
     def _evaluate_one(self, name: str, folder: Path | None, scratch: Path, record: dict[str, Any]) -> None:
-        section = self.recipe.evaluate
-        model = self.teacher if folder is None else load_model(folder, self.prepared.dtype, self.device)
-        head = model.get_output_embeddings().weight.detach()
-        quality = {}
-        for dataset in section.data:
-            file = f"{dataset.replace('/', '_')}.safetensors"
-            if folder is None:
-                windows = self._windows([dataset], "evaluate", section)
-                hidden = reference = final_hidden(model, windows, section.batch_size, f"{name} on {dataset}")
-                save_file({"windows": windows, "hidden": hidden, "head": head.cpu().clone()}, scratch / file)
-                reference_head = head
-            else:
-                saved = load_file(self.out / "evaluation" / "teacher" / file)
-                windows, reference = saved["windows"], saved["hidden"]
-                hidden = final_hidden(model, windows, section.batch_size, f"{name} on {dataset}")
-                reference_head = saved["head"].to(head.device)
-            quality[dataset] = asdict(compare(windows, hidden, head, reference, reference_head))
-        record["quality"] = quality
-        record["continuations"] = self._continue(model) if name in ("teacher", "exported") else {}
-        if name in ("converted", "recovered"):
-            record["layer_errors"] = self._layer_errors(model, section.data[0])
+        from transmla.evaluate.models import (
+            continue_prompts,
+            evaluate_student,
+            evaluate_teacher,
+            layer_errors,
+            reference_file,
+        )
 
-    @torch.no_grad()
-    def _layer_errors(self, student: PreTrainedModel, dataset: str) -> list[float]:
-        """Normalised output error of every attention on the first window of a dataset."""
-        from transmla.recover.layerwise import attention_errors
-
-        file = f"{dataset.replace('/', '_')}.safetensors"
-        window = load_file(self.out / "evaluation" / "teacher" / file)["windows"][:1].to(self.device)
-        scales = self._scales()
-        return (attention_errors(self.teacher, student, {"input_ids": window}, scales) / window.numel()).tolist()
-
-    def _continue(self, model: PreTrainedModel) -> dict[str, str]:
-        """Greedy continuations of the recipe's prompts."""
-        texts = {}
-        for prompt in self.recipe.evaluate.prompts:
-            tokens = self.tokenizer(prompt, return_tensors="pt").to(model.device)
-            out = model.generate(
-                **tokens,
-                max_new_tokens=self.recipe.evaluate.max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            )
-            texts[prompt] = self.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-        return texts
+        section, reference = self.recipe.evaluate, self.out / "evaluation" / "teacher"
+        if folder is None:
+            model = self.teacher
+            windows = {dataset: self._windows([dataset], "evaluate", section) for dataset in section.data}
+            record["quality"] = evaluate_teacher(model, windows, section, scratch)
+        else:
+            model = load_model(folder, self.prepared.dtype, self.device)
+            record["quality"] = evaluate_student(model, name, section, reference)
+        if name in ("teacher", "exported"):
+            record["continuations"] = continue_prompts(model, self.tokenizer, section)
+        else:
+            window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
+            record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
     # ---- small things ----
 
@@ -453,10 +315,3 @@ def versions() -> dict[str, str]:
         "trl": trl.__version__,
     }
 
-
-def records(out: Path) -> dict[str, dict[str, Any]]:
-    """All records below an output directory by relative path, for tests and tools."""
-    return {str(file.parent.relative_to(out)): json.loads(file.read_text()) for file in sorted(out.rglob(RECORD))}
-
-
-__all__ = ["MODELS", "Pipeline", "read_record", "records", "versions"]

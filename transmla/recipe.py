@@ -130,6 +130,7 @@ class Evaluate(Section):
     batch_size: PositiveInt = 1
     prompts: list[str] = []  # text the exported model continues, greedily, for the report
     max_new_tokens: PositiveInt = 48
+    repetition_penalty: PositiveFloat = 1.2  # small models go round in circles under greedy decoding
 
 
 class Verify(Section):

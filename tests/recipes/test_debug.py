@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from transmla.artifacts import read_records as records
 from transmla.cli import main
-from transmla.pipeline import records
 
 COMMAND = ["recover", "recipe=debug", "device=cpu"]
 

@@ -1,5 +1,6 @@
 """Two processes and one: the same global batch has the same loss and gives the same weights."""
 
+import json
 import os
 import subprocess
 import sys
@@ -45,6 +46,20 @@ def test_two_processes_equal_one(kind: str, packing: bool, tmp_path) -> None:
     assert len(one["losses"]) == STEPS
     torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-5, atol=1e-7)
     assert (one["change"] - two["change"]).norm() < 1e-4 * one["change"].norm()
+
+
+def test_a_whole_recipe_on_two_processes(tmp_path) -> None:
+    """The first process converts, exports and evaluates, both train; nobody waits for ever."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+         "--rdzv_endpoint=localhost:0", str(ROOT / "recover.py"), "recipe=debug", "device=cpu", f"output_dir={tmp_path}/out"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    quality = {name: content["sample_heldout"]["kl"] for name, content in report["quality"].items()}
+    assert quality["recovered"] < quality["converted"]
+    assert [stage["tokens"] for stage in report["stages"]][1:3] == [24 // 2 * 2 * 2 * 128, 3072]
 
 
 if __name__ == "__main__":

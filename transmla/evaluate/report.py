@@ -49,7 +49,7 @@ def collect(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
         "stages": stages,
         "quality": {name: record["quality"] for name, record in evaluations.items()},
         "layer_errors": {name: record["layer_errors"] for name, record in evaluations.items() if "layer_errors" in record},
-        "continuations": {name: record["continuations"] for name, record in evaluations.items() if record["continuations"]},
+        "continuations": {name: record["continuations"] for name, record in evaluations.items() if record.get("continuations")},
         "export": None
         if exported is None
         else {

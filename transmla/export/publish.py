@@ -1,0 +1,64 @@
+"""Write an export and check it: the files of a stock checkpoint, and the comparison with the student."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from transmla.export.deepseek import deepseek_config, export_state
+from transmla.export.verify import score_in_fresh_process
+from transmla.recipe import Export
+
+# Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
+DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+
+
+def write_checkpoint(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Export, dtype: torch.dtype, folder: Path
+) -> None:
+    """Sharded safetensors, configuration, generation configuration, tokenizer and chat template."""
+    config = deepseek_config(student.config, section.layout, dtype)
+    state = export_state(student, section.layout, dtype)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    model.load_state_dict(state, assign=True, strict=True)
+    model.generation_config = GenerationConfig.from_dict(student.generation_config.to_dict())
+    model.save_pretrained(folder, max_shard_size=section.max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
+    rows = [student(row[None].to(student.device)).logits.float().log_softmax(-1).cpu() for row in tokens]
+    return torch.cat(rows)
+
+
+def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Score tokens with the exported model in a fresh process and compare.
+
+    Args:
+        expected: log-probabilities of the student, [n, L, V].
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        RuntimeError: it is above the tolerance, or the checkpoint does not load.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        tokens_file, scores_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "scores.safetensors"
+        save_file({"input_ids": tokens}, tokens_file)
+        score_in_fresh_process(folder, tokens_file, scores_file, "cpu")
+        difference = float((load_file(scores_file)["log_probs"] - expected).abs().max())
+    if not difference <= tolerance:  # a NaN fails too
+        raise RuntimeError(
+            f"export.verify: log-probabilities of the exported model differ by {difference:.3g} from the student's, "
+            f"tolerance {tolerance:.3g}; nothing was published"
+        )
+    return difference

@@ -1,0 +1,97 @@
+"""What every stage is made from, as digests: equal digests, nothing to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from transmla.artifacts import fingerprint
+from transmla.data.sources import find_definition, local_files
+from transmla.preflight import Prepared
+from transmla.sources import identity
+
+# Keys of a trainer that change what is written or shown, not what is learned.
+COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
+
+
+class Fingerprints:
+    """Digests of settings and inputs, each stage's containing the one before.
+
+    Args:
+        processes: number of training processes, which decides the global batch.
+    """
+
+    def __init__(self, prepared: Prepared, processes: int) -> None:
+        self.prepared = prepared
+        self.recipe = prepared.recipe
+        self.processes = processes
+
+    def _data(self, names: list[str], key: str) -> list[Any]:
+        found = []
+        for name in names:
+            definition, folder = find_definition(name, key)
+            files = [file.stat() for file in local_files(definition, folder, key)]
+            sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]
+            found.append([definition.model_dump(mode="json", exclude={"about", "licence"}), sizes])
+        return found
+
+    @cached_property
+    def convert(self) -> str:
+        """Of the conversion."""
+        section = self.recipe.convert
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "geometry": asdict(self.prepared.geometry),
+                "convert": section.model_dump(mode="json"),
+                "data": self._data(section.calibration.data, "convert.calibration.data"),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+            }
+        )
+
+    def stage(self, index: int) -> str:
+        """Of recovery stage `index`; -1 is the conversion."""
+        if index < 0:
+            return self.convert
+        stage = self.recipe.recover[index]
+        settings = stage.model_dump(mode="json")
+        for key in COSMETIC:
+            settings["trainer"].pop(key, None)
+        return fingerprint(
+            {
+                "input": self.stage(index - 1),
+                "stage": settings,
+                "data": self._data(stage.data, f"recover.{index}.data"),
+                "processes": self.processes,
+            }
+        )
+
+    @property
+    def student(self) -> str:
+        """Of the newest student."""
+        return self.stage(len(self.recipe.recover) - 1)
+
+    @property
+    def export(self) -> str:
+        """Of the exported checkpoint."""
+        return fingerprint({"input": self.student, "export": self.recipe.export.model_dump(mode="json")})
+
+    def evaluation(self, model: str) -> str:
+        """Of the evaluation of `teacher`, `converted`, `recovered` or `exported`."""
+        section = self.recipe.evaluate
+        inputs = {
+            "teacher": fingerprint(identity(self.recipe.model)),
+            "converted": self.convert,
+            "recovered": self.student,
+            "exported": self.export,
+        }
+        return fingerprint(
+            {
+                "input": inputs[model],
+                "evaluate": section.model_dump(mode="json"),
+                "data": self._data(section.data, "evaluate.data"),
+                "dtype": str(self.prepared.dtype),
+            }
+        )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transmla.recover.checkpoints import PARTIAL, fsync_tree
+from transmla.recover.checkpoints import PARTIAL, fsync, fsync_tree
 
 RECORD = "transmla.json"  # beside every artifact: fingerprint, seconds, tokens, peak memory, versions
 
@@ -57,6 +57,7 @@ def publishing(folder: Path, record: dict[str, Any]) -> Iterator[Path]:
         if folder.exists():
             os.replace(folder, old)
         os.replace(scratch, folder)
+        fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

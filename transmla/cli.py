@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
         return _run(verb, words)
     except RecipeError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -20,8 +20,8 @@ PACKAGE = Path(__file__).resolve().parent
 
 def share(folder: str) -> Path:
     """The directory `recipes` or `data` that ships with the project: beside the package, or inside a wheel."""
-    beside = PACKAGE.parent / folder
-    return beside if beside.is_dir() else PACKAGE / "_share" / folder
+    installed = PACKAGE / "_share" / folder
+    return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
 def recipe_names() -> list[str]:
@@ -44,14 +44,17 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     chosen, assigned = [], []
     for override in overrides:
         key, sign, value = override.partition("=")
-        if not sign and not override.startswith("~"):
+        if not key or (not sign and not override.startswith("~")):
             raise RecipeError(override, "an override has the form key.sub=value")
         in_group = key in groups and (share("recipes") / key / f"{value}.yaml").is_file()
         (chosen if in_group or key[0] in "+~" else assigned).append(override)
     tree = _compose(recipe, chosen)
     for override in assigned:
         _assign(tree, override)
-    plain = OmegaConf.to_container(tree, resolve=True)
+    try:
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError("recipe", " ".join(str(error).split())) from None
     assert isinstance(plain, dict)
     plain.setdefault("name", Path(recipe).stem)
     return validate_recipe(plain)
@@ -88,7 +91,10 @@ def _assign(tree: DictConfig, override: str) -> None:
 
     key, _, text = override.partition("=")
     try:
-        value: Any = OverridesParser.create().parse_override(override).value()
+        parsed = OverridesParser.create().parse_override(override)
+        if parsed.is_sweep_override():
+            raise RecipeError(key, f"{text} means several runs; give one value, or a list as [a,b]")
+        value: Any = parsed.value()
     except HydraException as error:
         if text[:1] in "[{'\"":
             raise RecipeError(key, f"cannot read the value: {' '.join(str(error).split())[:200]}") from None

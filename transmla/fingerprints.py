@@ -11,6 +11,7 @@ from transmla.data.sources import find_definition, local_files
 from transmla.preflight import Prepared
 from transmla.sources import identity
 
+FORMAT = 1  # raise it when the same settings would give another result than before
 # Keys of a trainer that change what is written or shown, not what is learned.
 COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
 
@@ -18,14 +19,12 @@ COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "dis
 class Fingerprints:
     """Digests of settings and inputs, each stage's containing the one before.
 
-    Args:
-        processes: number of training processes, which decides the global batch.
+    The number of processes is no input: a student that eight processes trained is exported by one.
     """
 
-    def __init__(self, prepared: Prepared, processes: int) -> None:
+    def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self.recipe = prepared.recipe
-        self.processes = processes
 
     def _data(self, names: list[str], key: str) -> list[Any]:
         found = []
@@ -42,6 +41,7 @@ class Fingerprints:
         section = self.recipe.convert
         return fingerprint(
             {
+                "format": FORMAT,
                 "source": identity(self.recipe.model),
                 "geometry": asdict(self.prepared.geometry),
                 "convert": section.model_dump(mode="json"),
@@ -64,7 +64,6 @@ class Fingerprints:
                 "input": self.stage(index - 1),
                 "stage": settings,
                 "data": self._data(stage.data, f"recover.{index}.data"),
-                "processes": self.processes,
             }
         )
 

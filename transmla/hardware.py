@@ -26,11 +26,11 @@ def resolve_device(wanted: str) -> str:
 def resolve_dtype(wanted: str, device: str) -> torch.dtype:
     """Number format of weights and products. `auto`: bfloat16 on a GPU and on CPUs that have instructions for it.
 
-    A CPU without them multiplies bfloat16 a hundred times slower than float32.
+    A CPU without them multiplies bfloat16 up to a hundred times slower than float32.
     """
     if wanted != "auto":
         return getattr(torch, wanted)
-    fast = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 import trl
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,15 +43,13 @@ class Pipeline:
         self.out = prepared.output
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
-        self.digests = Fingerprints(prepared, self.state.num_processes)
+        self.digests = Fingerprints(prepared)
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if self.state.num_processes > 1:
             with self.state.main_process_first():  # one process downloads, the others find it in the cache
                 _ = self.source_folder
-
-    # ---- what stages are made from ----
 
     @cached_property
     def source_folder(self) -> Path:
@@ -81,14 +79,12 @@ class Pipeline:
         last = index == len(self.recipe.recover) - 1
         return self.out / "recovered" if last else self.out / "stages" / f"{index}_{self.recipe.recover[index].kind}"
 
-    # ---- running ----
-
     def say(self, text: str) -> None:
         self.state.print(text, flush=True)
 
     def _make(self, folder: Path, digest: str, label: str, build: Callable[[Path, dict[str, Any]], None]) -> bool:
         """Make an artifact on the first process unless it is current; returns whether it was made."""
-        if is_current(folder, digest):
+        if self._is_current(folder, digest):
             self.say(f"[{label}] unchanged, skipped")
             return False
         self.say(f"[{label}] ...")
@@ -104,6 +100,12 @@ class Pipeline:
             self.say(f"[{label}] {record['seconds']} s")
         self.state.wait_for_everyone()
         return True
+
+    def _is_current(self, folder: Path, digest: str) -> bool:
+        """Whether an artifact is there and current. The first process looks, so that all processes do the same."""
+        answer = [is_current(folder, digest)]
+        broadcast_object_list(answer)
+        return answer[0]
 
     def _save_recipe(self, folder: Path) -> None:
         OmegaConf.save(OmegaConf.create(self.recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
@@ -121,7 +123,8 @@ class Pipeline:
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             settings = self.recipe.convert
-            windows = self._windows(settings.calibration.data, "convert.calibration", settings.calibration)
+            text = settings.calibration
+            windows = self._windows(text.data, "convert.calibration", text.tokens, text.max_length)
             groups = windows.split(settings.calibration.batch_size)
             student, statistics = convert_model(
                 self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
@@ -139,7 +142,7 @@ class Pipeline:
             self._keep_earlier_result(index)
             folder, digest = self.stage_folder(index), self.digests.stage(index)
             label = f"recover.{index} {stage.kind}"
-            if is_current(folder, digest):
+            if self._is_current(folder, digest):
                 self.say(f"[{label}] unchanged, skipped")
                 continue
             self._train(index, folder, digest, label)
@@ -147,7 +150,7 @@ class Pipeline:
     def _keep_earlier_result(self, index: int) -> None:
         """A recipe that was lengthened: what was `recovered` is now an earlier stage, and still good."""
         folder = self.stage_folder(index)
-        if folder.name == "recovered" or not is_current(self.out / "recovered", self.digests.stage(index)):
+        if folder.name == "recovered" or not self._is_current(self.out / "recovered", self.digests.stage(index)):
             return
         if self.state.is_main_process and not is_current(folder, self.digests.stage(index)):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,11 +164,11 @@ class Pipeline:
         stage = self.recipe.recover[index]
         work = self.out / "checkpoints" / f"{index}_{stage.kind}"
         if self.state.is_main_process:
-            marker = work / "fingerprint"
-            if work.is_dir() and (not marker.is_file() or marker.read_text() != digest):
-                shutil.rmtree(work)  # checkpoints of other settings
+            marker, wanted = work / "fingerprint", f"{digest} {self.state.num_processes}"
+            if work.is_dir() and (not marker.is_file() or marker.read_text() != wanted):
+                shutil.rmtree(work)  # checkpoints of other settings, or of another number of processes
             work.mkdir(parents=True, exist_ok=True)
-            marker.write_text(digest)
+            marker.write_text(wanted)
         self.state.wait_for_everyone()
         self.say(f"[{label}] ...")
         # transformers takes the folder of TensorBoard's files from here alone; checkpoints do not outlive the stage.
@@ -187,12 +190,13 @@ class Pipeline:
             self.teacher,
             self.tokenizer,
             config,
+            load_many(stage.data, f"recover.{index}.data"),
             scales=self._scales(),
-            key=f"recover.{index}",
         )
         result = run_stage(trainer, self.prepared.dtype)
         if self.state.is_main_process:
             record = {"name": label, "fingerprint": digest, "versions": versions(), **result}
+            record["processes"] = self.state.num_processes
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
                 self._save_student(trainer.model, scratch)
@@ -237,27 +241,47 @@ class Pipeline:
 
         section = self.recipe.export.verify
         length = min(section.tokens, self.recipe.evaluate.max_length)
-        data = load_many(self.recipe.evaluate.data[:1], "evaluate.data")
-        tokens = token_windows(data, self.tokenizer, tokens=section.tokens, length=length)
+        tokens = self._windows(self.recipe.evaluate.data[:1], "evaluate", section.tokens, length)
         expected = log_probabilities(load_model(self.student_folder, torch.float32, "cpu"), tokens)
         tolerance = section.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
         return check_reload(folder, tokens, expected, tolerance)
 
     def evaluate(self) -> None:
         """Quality of every model that is there, then the report."""
-        for name in MODELS:
+        for name in self._current_models():
             folder = None if name == "teacher" else self.out / name
-            if (folder is not None and not folder.is_dir()) or (name == "recovered" and not self.recipe.recover):
-                continue
 
             def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
                 self._evaluate_one(name, folder, scratch, record)
 
             self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
         if self.state.is_main_process:
-            write_report(self.out, self.recipe, self.prepared.geometry)
+            write_report(self.out, self.recipe, self.prepared.geometry, self._current_artifacts())
             self.say((self.out / "report.md").read_text())
         self.state.wait_for_everyone()
+
+    def _current_models(self) -> list[str]:
+        """The models that are there and of the recipe's present settings."""
+        digests = {"converted": self.digests.convert, "exported": self.digests.export}
+        if self.recipe.recover:
+            digests["recovered"] = self.digests.student
+        found = ["teacher"]
+        for name in MODELS[1:]:
+            if name in digests and self._is_current(self.out / name, digests[name]):
+                found.append(name)
+            elif name in digests:
+                self.say(f"[evaluate {name}] missing or of other settings, left out")
+        return found
+
+    def _current_artifacts(self) -> dict[str, Path]:
+        """Folders of all artifacts that belong to the present settings, by the name of their stage."""
+        wanted = {"convert": (self.out / "converted", self.digests.convert)}
+        for index, stage in enumerate(self.recipe.recover):
+            wanted[f"recover.{index} {stage.kind}"] = (self.stage_folder(index), self.digests.stage(index))
+        wanted["export"] = (self.out / "exported", self.digests.export)
+        for name in MODELS:
+            wanted[f"evaluate {name}"] = (self.out / "evaluation" / name, self.digests.evaluation(name))
+        return {name: folder for name, (folder, digest) in wanted.items() if is_current(folder, digest)}
 
     def _evaluate_one(self, name: str, folder: Path | None, scratch: Path, record: dict[str, Any]) -> None:
         from transmla.evaluate.models import (
@@ -271,7 +295,10 @@ class Pipeline:
         section, reference = self.recipe.evaluate, self.out / "evaluation" / "teacher"
         if folder is None:
             model = self.teacher
-            windows = {dataset: self._windows([dataset], "evaluate", section) for dataset in section.data}
+            windows = {
+                dataset: self._windows([dataset], "evaluate", section.tokens, section.max_length)
+                for dataset in section.data
+            }
             record["quality"] = evaluate_teacher(model, windows, section, scratch)
         else:
             model = load_model(folder, self.prepared.dtype, self.device)
@@ -282,13 +309,9 @@ class Pipeline:
             window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
-    # ---- small things ----
-
-    def _windows(self, names: list[str], key: str, section: Any) -> Tensor:
+    def _windows(self, names: list[str], key: str, tokens: int, length: int) -> Tensor:
         try:
-            return token_windows(
-                load_many(names, f"{key}.data"), self.tokenizer, tokens=section.tokens, length=section.max_length
-            )
+            return token_windows(load_many(names, f"{key}.data"), self.tokenizer, tokens=tokens, length=length)
         except ValueError as error:
             raise error if isinstance(error, RecipeError) else RecipeError(f"{key}.data", str(error)) from None
 

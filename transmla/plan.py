@@ -42,7 +42,7 @@ def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
 
 def micro_batch(stage: AnyStage) -> int:
     """Tokens a device handles at a time."""
-    return int(stage.trainer.get("max_length", 1024)) * int(stage.trainer.get("per_device_train_batch_size", 8))
+    return int(stage.trainer.get("max_length", 1024)) * int(stage.trainer.get("per_device_train_batch_size", 1))
 
 
 def steps_of(stage: AnyStage, processes: int) -> int:
@@ -51,15 +51,10 @@ def steps_of(stage: AnyStage, processes: int) -> int:
     return max(1, stage.tokens // batch)
 
 
-def trained_part(stage: AnyStage) -> str:
-    """`attention` or `all`."""
-    return getattr(stage, "train", "attention")
-
-
 def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Rough bytes a device needs for a stage without sharding: weights, gradients, AdamW, activations, logits."""
     width = torch.finfo(dtype).bits // 8
-    everything = trained_part(stage) == "all"
+    everything = stage.train == "all"
     trained = sizes.student if everything else sizes.attention
     shared = 0 if everything else sizes.student - sizes.attention
     weights = width * (sizes.source + sizes.student - shared) + (4 - width) * trained  # trained weights in float32
@@ -74,12 +69,20 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     return weights + optimizer + activations + logits
 
 
-def bytes_on_disk(recipe: Recipe, sizes: Sizes, dtype: torch.dtype) -> int:
-    """Bytes that a whole run leaves, checkpoints included."""
+def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that a whole run needs at its fullest: every model, the teacher's states, one stage's checkpoints."""
     width = torch.finfo(dtype).bits // 8
-    models = 2 + len(recipe.recover)  # converted, every stage, exported
-    checkpoints = 2 * (width * sizes.student + 8 * sizes.attention) if recipe.recover else 0
-    return models * width * sizes.student + checkpoints
+    models = (1 + len(recipe.recover)) * width * sizes.student
+    export_width = width if recipe.export.dtype == "auto" else torch.finfo(getattr(torch, recipe.export.dtype)).bits // 8
+    exported = export_width * (sizes.student + config.vocab_size * config.hidden_size)  # the head is never tied
+    states = len(recipe.evaluate.data) * (recipe.evaluate.tokens + config.vocab_size) * config.hidden_size * width
+    checkpoints = 0
+    for stage in recipe.recover:
+        trained = sizes.student if stage.train == "all" else sizes.attention
+        one = 12 * trained + width * (sizes.student - trained)  # float32 masters, two moments; the rest as it is
+        kept = int(stage.trainer.get("save_total_limit") or 2) + 1  # the newest is whole before the oldest goes
+        checkpoints = max(checkpoints, kept * one)
+    return models + exported + states + checkpoints
 
 
 def render_plan(
@@ -110,11 +113,11 @@ def render_plan(
         f"{', '.join(recipe.convert.calibration.data)}",
     ]
     for index, stage in enumerate(recipe.recover):
-        trained = sizes.student if trained_part(stage) == "all" else sizes.attention
+        trained = sizes.student if stage.train == "all" else sizes.attention
         memory = training_memory(stage, sizes, config, dtype) / 2**30
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(stage.data)}, "
-            f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({trained_part(stage)}), "
+            f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
             f"about {memory:.1f} GiB a device"
         )
     lines += [
@@ -122,7 +125,7 @@ def render_plan(
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         "",
-        f"disk         about {bytes_on_disk(recipe, sizes, dtype) / 2**30:.1f} GiB below {output}",
+        f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {output}",
         *(f"writes       {output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),
     ]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def prepare(recipe: Recipe) -> Prepared:
         RecipeError: the first thing that would fail later.
     """
     device = resolve_device(recipe.device)
+    if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
+        raise RecipeError(
+            "device", "several GPUs are visible to one process; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+        )
     dtype = resolve_dtype(recipe.dtype, device)
     config = source_config(recipe.model)
     family = family_of(config)
@@ -51,9 +56,9 @@ def prepare(recipe: Recipe) -> Prepared:
     except ValueError as error:
         raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
     _check_data(recipe, config)
-    output = Path(recipe.output_dir.format(name=recipe.name))
+    output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
-        missing = bytes_on_disk(recipe, count_parameters(config, geometry), dtype) - _already(output)
+        missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - _already(output)
         require_disk(output, max(missing, 0))
     return Prepared(recipe, config, geometry, device, dtype, output)
 
@@ -65,7 +70,7 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
         if not names:
             raise RecipeError(key, "no dataset is named; name at least one")
         for name in names:
-            check_dataset(name, key)
+            check_dataset(name, key, online=not recipe.dry_run)
     limit = config.max_position_embeddings
     lengths = {
         "convert.calibration.max_length": recipe.convert.calibration.max_length,

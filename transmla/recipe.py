@@ -108,6 +108,7 @@ class Layerwise(Stage):
     """Attention transfer: every student attention on the teacher's inputs, all layers at once."""
 
     kind: Literal["layerwise"]
+    train: Literal["attention"] = "attention"
 
 
 class Distill(Stage):
@@ -118,6 +119,7 @@ class Distill(Stage):
     temperature: PositiveFloat = 1.0
 
 
+STAGES = {"layerwise": Layerwise, "distill": Distill}
 AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
 
 
@@ -180,6 +182,7 @@ RESERVED_TRAINER_KEYS = {
     "do_train": "recover",
     "do_eval": "evaluate",
     "eval_strategy": "evaluate",
+    "average_tokens_across_devices": "nothing (the loss is always the mean over the global batch's tokens)",
     "resume_from_checkpoint": "output_dir (a stage resumes by itself)",
     "dataset_text_field": "data definition's columns",
     "model_init_kwargs": "model",
@@ -197,6 +200,8 @@ def _trainer_types() -> dict[str, Any]:
 def _check_trainer_key(key: str, value: Any) -> Any:
     """Validate one key of `trainer` against trl's SFTConfig; returns the value in the field's type."""
     types = _trainer_types()
+    if value is None and key in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        raise ValueError(f"trainer.{key} must be a number: the token budget is divided by it")
     if key in RESERVED_TRAINER_KEYS:
         raise ValueError(f"trainer.{key} is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
     if key not in types:
@@ -229,8 +234,7 @@ def validate_recipe(tree: dict[str, Any]) -> Recipe:
         if first["type"] == "missing":
             raise RecipeError(key, "required key is missing; add it to the recipe") from None
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            kinds = ", ".join(kind for kind in ("layerwise", "distill"))
-            raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {kinds}") from None
+            raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {', '.join(STAGES)}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         raise RecipeError(key, message + got) from None
@@ -240,10 +244,9 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     """The dotted key of a pydantic location and the known keys of its section."""
     parts: list[str] = []
     model: Any = Recipe
-    stages = {"layerwise": Layerwise, "distill": Distill}
     for index, part in enumerate(location):
-        if parts and parts[-1].isdigit() and part in stages:  # the discriminator's tag is no key
-            model = stages[str(part)]
+        if parts and parts[-1].isdigit() and part in STAGES:  # the discriminator's tag is no key
+            model = STAGES[str(part)]
             continue
         if part in ("int", "literal['auto']", "constrained-int"):  # branches of a union of types are no keys
             continue

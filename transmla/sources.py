@@ -64,7 +64,7 @@ def source_config(section: ModelSource) -> PretrainedConfig:
         folder = Path(section.source).expanduser()
         if not (folder / "config.json").is_file():
             raise RecipeError("model.source", f"{folder} is no model directory: it has no config.json")
-        return AutoConfig.from_pretrained(folder)
+        return _read_config(folder, section.source)
     if kind == "gguf" and not Path(section.source).expanduser().is_file():
         raise RecipeError("model.source", f"no such file: {section.source}; correct the path")
     if kind == "random" and section.config is None:
@@ -77,20 +77,25 @@ def source_config(section: ModelSource) -> PretrainedConfig:
             raise RecipeError("model.config", f"not a configuration: {' '.join(str(error).split())[:200]}") from None
     if kind == "gguf":
         path = Path(section.source).expanduser()
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        return _read_config(path.parent, section.source, gguf_file=path.name)
+    return _read_config(section.source, section.source, revision=section.revision)
+
+
+def _read_config(where: str | Path, name: str, **options: str | None) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(section.source, revision=section.revision)
-    except OSError as error:
+        return AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:  # not there; not an architecture that transformers knows
+        reason = " ".join(str(error).split())[:160]
         raise RecipeError(
-            "model.source", f"cannot read {section.source}: {' '.join(str(error).split())[:160]}; correct the name, or "
-            "give the architecture's facts as model.config"
+            "model.source", f"cannot read {name}: {reason}; correct the name, or give the architecture as model.config"
         ) from None
 
 
 def identity(section: ModelSource) -> dict[str, Any]:
     """What a source is, for fingerprints: its name, and its digest or its files' sizes and times."""
     kind = kind_of(section.source)
-    found: dict[str, Any] = section.model_dump(mode="json", exclude=set() if kind == "random" else {"config"})
+    found: dict[str, Any] = {"format": FORMAT}
+    found |= section.model_dump(mode="json", exclude=set() if kind == "random" else {"config"})
     path = Path(section.source).expanduser()
     files = sorted(path.iterdir()) if kind == "directory" else [path] if kind == "gguf" else []
     found["files"] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]

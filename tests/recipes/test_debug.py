@@ -1,6 +1,7 @@
 """A whole recipe on a tiny model: what it leaves, what a second run does, what a failure leaves."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_only_what_depends_on_a_change_runs_again(finished: Path, capsys) -> Non
         "evaluate recovered",
         "evaluate exported",
     ]
+
+
+def test_models_of_other_settings_are_left_out(finished: Path, tmp_path, capsys) -> None:
+    """Evaluating under changed settings neither reports the old models nor marks their numbers as current."""
+    out = tmp_path / "debug"
+    shutil.copytree(finished, out)
+    words = ["recipe=debug", "device=cpu", f"output_dir={out}", "convert.kv_lora_rank=16"]
+    assert main(["evaluate", *words]) == 0
+    assert "left out" in capsys.readouterr().out
+    assert list(json.loads((out / "report.json").read_text())["quality"]) == ["teacher"]
+    assert main(["recover", *words]) == 0
+    labels = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[evaluate")]
+    assert sum("unchanged" in line for line in labels) == 1  # the teacher's
+    quality = json.loads((out / "report.json").read_text())["quality"]
+    assert list(quality) == ["teacher", "converted", "recovered", "exported"]
 
 
 def test_a_failed_check_publishes_nothing(finished: Path, tmp_path) -> None:

@@ -34,12 +34,14 @@ def test_fingerprints_see_every_setting() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-STEPS = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "replace")
+STEPS = ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "state", "replace")
 
 
 @pytest.mark.parametrize("where", STEPS)
 def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkeypatch) -> None:
     """At whatever point the save dies, the newest checkpoint is the whole one before."""
+    from transformers import TrainerState
+
     from transmla.recover.checkpoints import last_checkpoint
     from transmla.recover.layerwise import LayerwiseTrainer
     from tests.unit.test_recover import make_trainer
@@ -48,7 +50,10 @@ def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkey
         pass
 
     saves = 0
-    original = os.replace if where == "replace" else getattr(LayerwiseTrainer, where)
+    owners = {"replace": os, "state": TrainerState}
+    names = {"replace": "replace", "state": "save_to_json"}
+    owner, name = owners.get(where, LayerwiseTrainer), names.get(where, where)
+    original = getattr(owner, name)
 
     def dying(*args, **kwargs):
         nonlocal saves
@@ -59,10 +64,7 @@ def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkey
         return original(*args, **kwargs)
 
     trainer = make_trainer("layerwise", tmp_path, steps=6, save_steps=2)
-    if where == "replace":
-        monkeypatch.setattr("os.replace", dying)
-    else:
-        monkeypatch.setattr(LayerwiseTrainer, where, dying)
+    monkeypatch.setattr(owner, name, dying)
     with pytest.raises(Killed):
         trainer.train()
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"

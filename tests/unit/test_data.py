@@ -46,7 +46,7 @@ def test_local_formats(suffix: str, tmp_path) -> None:
     definition = tmp_path / "mine.yaml"
     columns = "columns: {text: text}\nseparator: '<|doc|>'" if suffix == "txt" else "columns: {text: body}"
     definition.write_text(f"path: {file.name}\n{columns}\nlicence: mine\n")
-    check_dataset(str(definition), "k")
+    check_dataset(str(definition), "k", online=False)
     assert load_one(str(definition), "k")["text"] == ["one", "two"]
 
 
@@ -54,6 +54,7 @@ def test_template(tmp_path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"q": "2+2", "a": "4"}))
     definition = tmp_path / "mine.yaml"
     definition.write_text("path: data.jsonl\ntemplate: \"Q: {q}\\nA: {a}\"\n")
+    check_dataset(str(definition), "k", online=False)
     (row,) = load_one(str(definition), "k")
     assert row == {"text": "Q: 2+2\nA: 4"}
 
@@ -70,7 +71,28 @@ def test_wrong_definitions(text: str, reason: str, tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError, match=reason):
-        check_dataset(str(file), "recover.0.data")
+        check_dataset(str(file), "recover.0.data", online=False)
+
+
+def test_a_template_names_columns_that_exist(tmp_path) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"q": "2+2"}))
+    definition = tmp_path / "mine.yaml"
+    definition.write_text("path: data.jsonl\ntemplate: 'Q: {question}'\n")
+    with pytest.raises(RecipeError, match="no column 'question'"):
+        check_dataset(str(definition), "k", online=False)
+
+
+def test_conversations_get_their_special_tokens_from_the_template_alone() -> None:
+    class Chat(Letters):
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+
+        def apply_chat_template(self, messages: list[dict], tokenize: bool) -> str:
+            return "".join(turn["content"] for turn in messages)
+
+    turn = [{"role": "user", "content": "a"}]
+    for rows in ({"messages": [turn]}, {"prompt": [turn[:0]], "completion": [turn]}):
+        assert token_windows(Dataset.from_dict(rows), Chat(), tokens=2, length=2).tolist() == [[97, 0]]
 
 
 def test_kinds_do_not_mix(tmp_path) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.unit.test_recover import PLAIN, losses, make_trainer
+from transmla.cli import main
+from transmla.compose import share
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -48,14 +51,28 @@ def test_two_processes_equal_one(kind: str, packing: bool, tmp_path) -> None:
     assert (one["change"] - two["change"]).norm() < 1e-4 * one["change"].norm()
 
 
-def test_a_whole_recipe_on_two_processes(tmp_path) -> None:
-    """The first process converts, exports and evaluates, both train; nobody waits for ever."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-         "--rdzv_endpoint=localhost:0", str(ROOT / "recover.py"), "recipe=debug", "device=cpu", f"output_dir={tmp_path}/out"],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_whole_recipe_on_two_processes(tmp_path, capsys) -> None:
+    """The first process converts, exports and evaluates, both train; nobody waits for ever, also where a part is
+    there already; and one process finds the result of two current."""
+
+    def launch(recipe: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+             "--rdzv_endpoint=localhost:0", str(ROOT / "recover.py"), f"recipe={recipe}", "device=cpu",
+             f"output_dir={tmp_path}/out"],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    tree = yaml.safe_load((share("recipes") / "debug.yaml").read_text())
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(tree | {"name": "debug", "recover": tree["recover"][:1]}))
+    launch(str(tmp_path / "short.yaml"))
+    printed = launch("debug")
+    assert "[recover.0 layerwise] unchanged" in printed and "[recover.1 distill] ..." in printed
+    capsys.readouterr()
+    assert main(["recover", "recipe=debug", "device=cpu", f"output_dir={tmp_path}/out"]) == 0
+    assert "..." not in [line[-3:] for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     quality = {name: content["sample_heldout"]["kl"] for name, content in report["quality"].items()}
     assert quality["recovered"] < quality["converted"]

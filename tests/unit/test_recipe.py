@@ -84,6 +84,9 @@ MISTAKES = {
     "unknown trainer key": (["recipe=debug", "recover.0.trainer.learning_rat=1"], "recover.0.trainer", "learning_rate"),
     "wrong trainer type": (["recipe=debug", "recover.0.trainer.learning_rate=fast"], "recover.0.trainer", "number"),
     "reserved trainer key": (["recipe=debug", "recover.0.trainer.max_steps=3"], "recover.0.trainer", "tokens"),
+    "a sweep": (["recipe=debug", "seed=1,2"], "seed", "one value"),
+    "an empty key": (["recipe=debug", "=3"], "=3", "key.sub=value"),
+    "no row length": (["recipe=debug", "recover.0.trainer.max_length=null"], "recover.0.trainer", "must be a number"),
     "not an override": (["recipe=debug", "fast"], "fast", "key.sub=value"),
     "rank too high": (["recipe=debug", "convert.kv_lora_rank=65"], "convert.kv_lora_rank", "at most 64"),
     "query rank too high": (["recipe=debug", "convert.q_lora_rank=65"], "convert.q_lora_rank", "at most 64"),
@@ -117,7 +120,13 @@ def test_mistakes_are_one_line_and_exit_code_2(mistake: str, capsys, monkeypatch
 
 @pytest.mark.parametrize(
     "content,reason",
-    [('{"body": "a"}\n', "no column 'text'"), ("", "is empty"), ("\n\n", "is empty")],
+    [
+        ('{"body": "a"}\n', "no column 'text'"),
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("[\n{}]", "no JSON object"),
+        ('["a"]', "no JSON object"),
+    ],
 )
 def test_bad_data_files(content: str, reason: str, capsys, tmp_path) -> None:
     file = tmp_path / "data.jsonl"
@@ -136,13 +145,13 @@ def test_a_full_disk(capsys, monkeypatch, tmp_path) -> None:
 
 def test_a_wrong_checksum(tmp_path) -> None:
     from transmla.recipe import ModelSource
-    from transmla.sources import fetch
+    from transmla.sources import cache_folder, fetch
 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF something else")
     with pytest.raises(RecipeError, match="model.sha256"):
         fetch(ModelSource(source=str(file), sha256="0" * 64))
-    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+    assert not list(cache_folder().glob("model-*")) and not list(cache_folder().glob("tmp*"))
 
 
 def test_facts_that_the_model_contradicts() -> None:

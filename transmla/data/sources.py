@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from string import Formatter
 from typing import Literal
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
 from pydantic import ValidationError, model_validator
 
 from transmla.compose import share
 from transmla.errors import RecipeError
 from transmla.recipe import Section
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 # What trl's trainers know: language modeling, conversations, prompt with completion.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"})
 
@@ -91,19 +94,42 @@ def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path
     return files
 
 
-def check_dataset(name: str, key: str) -> None:
-    """Cheap checks before anything is loaded: the definition, its files, the columns of the first row, not empty."""
+def check_dataset(name: str, key: str, *, online: bool) -> None:
+    """Cheap checks before anything is loaded: the definition, its files, the columns of the first row, not empty.
+
+    Args:
+        online: ask the hub about a hub dataset (its columns, where it states them).
+    """
     definition, folder = find_definition(name, key)
+    if definition.hub is not None and online:
+        with _hub_errors(definition, key):
+            features = load_dataset_builder(definition.hub, definition.subset, revision=definition.revision).info.features
+        if features is not None:
+            _check_columns(definition, set(features), name, key)
     for file in local_files(definition, folder, key):
-        columns = _first_row(file)
+        columns = _first_row(file, key)
         if columns is None:
             raise RecipeError(key, f"{file} is empty; name a file that has text")
-        for column in definition.columns.values():
-            if column not in columns:
-                raise RecipeError(key, f"{file} has no column {column!r}; it has: {', '.join(sorted(columns))}")
+        _check_columns(definition, columns, str(file), key)
 
 
-def _first_row(file: Path) -> set[str] | None:
+def _check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
+    fields = [] if definition.template is None else [name for _, name, _, _ in Formatter().parse(definition.template)]
+    for column in [*definition.columns.values(), *(field for field in fields if field)]:
+        if column not in columns:
+            raise RecipeError(key, f"{where} has no column {column!r}; it has: {', '.join(sorted(columns))}")
+
+
+@contextmanager
+def _hub_errors(definition: DataDefinition, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # datasets' and the hub's errors derive from these
+        reason = " ".join(str(error).split())[:160]
+        raise RecipeError(key, f"cannot load {definition.hub}: {reason}; correct the definition") from None
+
+
+def _first_row(file: Path, key: str) -> set[str] | None:
     if file.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -113,7 +139,15 @@ def _first_row(file: Path) -> set[str] | None:
         first = next((line for line in lines if line.strip()), None)
     if first is None:
         return None
-    return {"text"} if file.suffix == ".txt" else set(json.loads(first))
+    if file.suffix == ".txt":
+        return {"text"}
+    try:
+        row = json.loads(first)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise RecipeError(key, f"{file}: the first line is no JSON object; write one object a line")
+    return set(row)
 
 
 def load_one(name: str, key: str) -> Dataset:
@@ -125,18 +159,17 @@ def load_one(name: str, key: str) -> Dataset:
     definition, folder = find_definition(name, key)
     files = local_files(definition, folder, key)
     if definition.hub is not None:
-        data = load_dataset(
-            definition.hub, definition.subset, split=definition.split, revision=definition.revision
-        )
+        with _hub_errors(definition, key):
+            data = load_dataset(
+                definition.hub, definition.subset, split=definition.split, revision=definition.revision
+            )
     elif files[0].suffix == ".txt":
         texts = [file.read_text(encoding="utf-8") for file in files]
         documents = [part for text in texts for part in (text.split(definition.separator) if definition.separator else [text])]
         data = Dataset.from_dict({"text": [document.strip() for document in documents if document.strip()]})
     else:
         data = load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
-    missing = [column for column in definition.columns.values() if column not in data.column_names]
-    if missing:
-        raise RecipeError(key, f"{name} has no column {missing[0]!r}; it has: {', '.join(sorted(data.column_names))}")
+    _check_columns(definition, set(data.column_names), name, key)
     if definition.template is not None:
         template = definition.template
         data = data.map(lambda row: {"text": template.format(**row)}, remove_columns=data.column_names)
@@ -150,8 +183,6 @@ def load_one(name: str, key: str) -> Dataset:
 
 def load_many(names: list[str], key: str) -> Dataset:
     """Several datasets of one kind, one after the other."""
-    from datasets import concatenate_datasets
-
     parts = [load_one(name, key) for name in names]
     columns = [tuple(sorted(part.column_names)) for part in parts]
     if len(set(columns)) > 1:

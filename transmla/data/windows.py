@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from datasets import Dataset
@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 
-def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The documents of a dataset as text; conversations through the tokenizer's chat template."""
+def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The documents of a dataset as token ids; conversations through the tokenizer's chat template."""
     for row in data:
-        if "text" in row:
-            yield row["text"]
-        elif "messages" in row:
-            yield tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        else:
-            yield row["prompt"] + row["completion"]
+        content = row["text"] if "text" in row else row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        if isinstance(content, str):
+            yield tokenizer(content, verbose=False)["input_ids"]
+        else:  # the template writes the special tokens itself
+            text = tokenizer.apply_chat_template(content, tokenize=False)
+            yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_windows(
@@ -38,8 +38,8 @@ def token_windows(
     """
     wanted = max(1, tokens // length) * length
     stream: list[int] = []
-    for text in documents(data, tokenizer):
-        stream += tokenizer(text, verbose=False)["input_ids"]
+    for document in documents(data, tokenizer):
+        stream += document
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
         if len(stream) >= wanted:
@@ -48,8 +48,3 @@ def token_windows(
     if count == 0:
         raise ValueError(f"the text has {len(stream)} tokens, fewer than one window of {length}; lower max_length")
     return torch.tensor(stream[: count * length]).view(count, length)
-
-
-def batches(windows: Tensor, size: int) -> Iterable[Tensor]:
-    """Windows [n, L] in batches of `size` rows."""
-    return windows.split(size)

@@ -13,21 +13,17 @@ from transmla.recipe import Recipe
 MODELS = ("teacher", "converted", "recovered", "exported")
 
 
-def collect(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
-    """The content of report.json."""
+def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -> dict[str, Any]:
+    """The content of report.json.
+
+    Args:
+        artifacts: folders of the current artifacts by stage: `convert`, `recover.N KIND`, `export`, `evaluate MODEL`.
+    """
+    records = {name: read_record(folder) for name, folder in artifacts.items()}
     stages, logs = [], []
-    folders = [("convert", out / "converted")]
-    last = len(recipe.recover) - 1
-    for index, stage in enumerate(recipe.recover):
-        name = f"{index}_{stage.kind}"
-        folders.append((f"recover.{index} {stage.kind}", out / "recovered" if index == last else out / "stages" / name))
-    folders.append(("export", out / "exported"))
-    folders += [(f"evaluate {name}", out / "evaluation" / name) for name in MODELS]
     versions: dict[str, str] = {}
-    for name, folder in folders:
-        record = read_record(folder)
-        if record is None:
-            continue
+    for name, record in records.items():
+        assert record is not None, f"{name} is current, so it has a record"
         versions |= record["versions"]
         stages.append(
             {
@@ -39,9 +35,8 @@ def collect(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
         )
         if "log" in record:
             logs.append({"name": name, "log": record["log"]})
-    evaluations = {name: read_record(out / "evaluation" / name) for name in MODELS}
-    evaluations = {name: record for name, record in evaluations.items() if record is not None}
-    exported = read_record(out / "exported")
+    evaluations = {name: records[f"evaluate {name}"] for name in MODELS if f"evaluate {name}" in records}
+    exported = records.get("export")
     return {
         "recipe": recipe.name,
         "source": recipe.model.source,
@@ -53,7 +48,7 @@ def collect(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
         "export": None
         if exported is None
         else {
-            "path": str(out / "exported"),
+            "path": str(artifacts["export"]),
             "format": exported["format"],
             "max_abs_logprob_diff": exported["max_abs_logprob_diff"],
         },
@@ -102,9 +97,9 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_report(out: Path, recipe: Recipe, geometry: MLAGeometry) -> dict[str, Any]:
-    """Write report.json, report.md and figures/*.png; returns the report."""
-    report = collect(out, recipe, geometry)
+def write_report(out: Path, recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -> dict[str, Any]:
+    """Write report.json, report.md and figures/*.png below `out`; returns the report."""
+    report = collect(recipe, geometry, artifacts)
     write_whole(out / "report.json", json.dumps(report, indent=1))
     write_whole(out / "report.md", render(report))
     draw_figures(report, out / "figures")

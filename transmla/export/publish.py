@@ -54,7 +54,7 @@ def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: floa
     with tempfile.TemporaryDirectory() as scratch:
         tokens_file, scores_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "scores.safetensors"
         save_file({"input_ids": tokens}, tokens_file)
-        score_in_fresh_process(folder, tokens_file, scores_file, "cpu")
+        score_in_fresh_process(folder, tokens_file, scores_file)
         difference = float((load_file(scores_file)["log_probs"] - expected).abs().max())
     if not difference <= tolerance:  # a NaN fails too
         raise RuntimeError(

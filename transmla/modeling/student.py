@@ -74,8 +74,8 @@ def build_student(
     return student.to(source.device).eval()
 
 
-def share_trunk(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
-    """Point the student's trunk at the teacher's storage where all of it is equal; returns whether it was.
+def share_trunk(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Point the student's trunk at the teacher's storage where all of it is equal.
 
     After a stage that trained everything the trunks differ and nothing is shared.
     """
@@ -88,11 +88,9 @@ def share_trunk(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     if same:
         for name, value in own.items():
             value.data = other[name].data
-    return same
 
 
-def train_only(student: PreTrainedModel, what: str) -> int:
-    """Set which parameters take a gradient (`attention` or `all`); returns their number."""
+def train_only(student: PreTrainedModel, what: str) -> None:
+    """Set which parameters take a gradient: `attention` or `all`."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(what == "all" or ATTENTION in name)
-    return sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)

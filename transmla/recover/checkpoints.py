@@ -12,14 +12,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 PARTIAL = ".partial"
 
 
+def fsync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_tree(folder: Path) -> None:
     """Force every file below a folder, and the folder, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(path)
 
 
 class AtomicCheckpoints:
@@ -53,7 +58,7 @@ class AtomicCheckpoints:
             shutil.rmtree(final / name, ignore_errors=True)
             os.replace(partial / name, final / name)
             shutil.rmtree(partial)
-            fsync_tree(final / name)
+            fsync(final)  # the rename itself
             if self.args.save_total_limit:
                 rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()

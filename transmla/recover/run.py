@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
-from transmla.data.sources import load_many
-from transmla.modeling.student import ATTENTION, share_trunk, train_only
-from transmla.plan import steps_of, trained_part
+from transmla.modeling.student import share_trunk, train_only
+from transmla.plan import steps_of
 from transmla.recipe import AnyStage
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.distill import DistillTrainer
@@ -23,6 +24,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "packing": True,
     "packing_strategy": "bfd_split",
     "shuffle_dataset": True,
+    "per_device_train_batch_size": 1,  # packed rows of one micro-batch are one long row to the attention mask
     "gradient_checkpointing": False,
     "logging_steps": 10,
     "save_steps": 100,
@@ -33,7 +35,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class _Progress(TrainerCallback):
-    """Carries the token count over a resume, which trl would start again from zero."""
+    """Carries the token count over a resume, which trl would start again from zero (it is in every checkpoint's log)."""
 
     def __init__(self, trainer: TeacherTrainer) -> None:
         self.trainer = trainer
@@ -47,6 +49,7 @@ def trainer_config(
     stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
 ) -> SFTConfig:
     """trl's own configuration object for a stage."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps_of(stage, processes),
@@ -64,23 +67,22 @@ def build_trainer(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
+    data: Dataset,
     *,
     scales: list[float],
-    key: str,
 ) -> TeacherTrainer:
     """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
 
     Args:
-        scales: E|output|² of every teacher attention. key: recipe key of the stage, for errors.
+        data: text, messages, or prompt and completion (or token ids, as trl takes them).
+        scales: E|output|² of every teacher attention.
     """
-    part = trained_part(stage)
-    if part == "attention":
+    if stage.train == "attention":
         share_trunk(student, teacher)
-    train_only(student, part)
+    train_only(student, stage.train)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    data = load_many(stage.data, f"{key}.data")
     common = {"teacher": teacher, "train_dataset": data, "processing_class": tokenizer}
     if stage.kind == "layerwise":
         trainer = LayerwiseTrainer(student, config, scales=scales, **common)
@@ -100,14 +102,8 @@ def run_stage(trainer: TeacherTrainer, dtype: torch.dtype) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     student = trainer.accelerator.unwrap_model(trainer.model)
     del student.forward  # back to the class's own
-    for name, parameter in student.named_parameters():
+    for parameter in student.parameters():
         parameter.requires_grad_(False)
-        if ATTENTION in name or trained_all(trainer):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype)
     student.eval()
     return {"tokens": trainer._total_train_tokens, "log": trainer.state.log_history, "resumed_from": checkpoint}
-
-
-def trained_all(trainer: TeacherTrainer) -> bool:
-    """Whether every weight was trained (and so is a float32 master)."""
-    return all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())

@@ -66,12 +66,16 @@ class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
         outputs = model(inputs=inputs, objective=True)
         count = outputs["tokens"] if num_items_in_batch is None else num_items_in_batch
         loss = outputs["total"] / torch.as_tensor(count).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # it counts all processes' tokens, and DDP averages gradients
         if self.model.training:
             self._total_train_tokens += tokens * self.accelerator.num_processes
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        self.state.log_history.append({"step": self.state.global_step, "num_tokens": self._total_train_tokens})
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens a second since the last line to what transformers and trl log."""
@@ -84,7 +88,7 @@ class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
         super().log(logs, start_time)
 
 
-def install_objective(model: PreTrainedModel, objective: Callable[[nn.Module, dict], Objective]) -> None:
+def install_objective(model: PreTrainedModel, compute: Callable[[nn.Module, dict], Objective]) -> None:
     """Make `model(inputs=..., objective=True)` return the objective; every other call is as before."""
     original = model.forward
 
@@ -95,7 +99,6 @@ def install_objective(model: PreTrainedModel, objective: Callable[[nn.Module, di
         result = compute(self, inputs)
         return {"total": result.total, "tokens": result.tokens}
 
-    compute = objective
     model.forward = types.MethodType(forward, model)
 
 

@@ -116,6 +116,17 @@ def test_a_wrong_export_is_caught(finished: Path, tmp_path, monkeypatch) -> None
         main([*COMMAND, f"output_dir={tmp_path / 'debug'}", "recover=[]"])
 
 
+def test_progress_goes_to_tensorboard(tmp_path) -> None:
+    """The files outlive the stage's checkpoints, and hold loss, learning rate and tokens a second."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "debug"
+    assert main([*COMMAND, f"output_dir={out}", "recover.0.trainer.report_to=tensorboard"]) == 0
+    events = EventAccumulator(str(out / "logs"))
+    events.Reload()
+    assert {"train/loss", "train/learning_rate", "train/tokens_per_second"} <= set(events.Tags()["scalars"])
+
+
 def test_single_steps(tmp_path, capsys) -> None:
     words = ["recipe=debug", "device=cpu", f"output_dir={tmp_path}/debug", "recover=[]"]
     assert main(["export", *words]) == 2

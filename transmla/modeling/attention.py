@@ -63,9 +63,14 @@ class MLAAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: [B, T, D]; position_embeddings: cos and sin [B, T, P]. Returns ([B, T, D], weights)."""
+        """hidden_states: [B, T, D]; position_embeddings: cos and sin [B, T, P]. Returns ([B, T, D], weights).
+
+        transformers 5.24 calls `cache` what earlier versions call `past_key_values`.
+        """
+        cache = past_key_values if cache is None else cache
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_proj(hidden_states))
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -73,8 +78,8 @@ class MLAAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head: what caches expect
         q_rope, k_rope = rotate(q_rope, *position_embeddings), rotate(k_rope, *position_embeddings)
-        if past_key_values is not None:
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
 
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)

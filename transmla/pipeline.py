@@ -6,7 +6,8 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -171,8 +172,6 @@ class Pipeline:
             marker.write_text(wanted)
         self.state.wait_for_everyone()
         self.say(f"[{label}] ...")
-        # transformers takes the folder of TensorBoard's files from here alone; checkpoints do not outlive the stage.
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.out / "logs"))
         started = time.monotonic()
         reset_peak_memory(self.prepared.device)
         before = self.stage_folder(index - 1) if index else self.out / "converted"
@@ -184,15 +183,16 @@ class Pipeline:
             dtype=self.prepared.dtype,
             processes=self.state.num_processes,
         )
-        trainer = build_trainer(
-            stage,
-            load_model(before, self.prepared.dtype, self.device),
-            self.teacher,
-            self.tokenizer,
-            config,
-            load_many(stage.data, f"recover.{index}.data"),
-            scales=self._scales(),
-        )
+        with _tensorboard_folder(self.out / "logs"):
+            trainer = build_trainer(
+                stage,
+                load_model(before, self.prepared.dtype, self.device),
+                self.teacher,
+                self.tokenizer,
+                config,
+                load_many(stage.data, f"recover.{index}.data"),
+                scales=self._scales(),
+            )
         result = run_stage(trainer, self.prepared.dtype)
         if self.state.is_main_process:
             record = {"name": label, "fingerprint": digest, "versions": versions(), **result}
@@ -327,6 +327,22 @@ class Pipeline:
             raise RecipeError(
                 "recipe", f"{verb} needs {folder}, which is missing or of other settings; run recover.py recipe=... first"
             )
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where a trainer made meanwhile writes TensorBoard's files, unless the user's environment says.
+
+    transformers takes the folder from the environment alone, and its default, beside the checkpoints, goes with them.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    chosen = name in os.environ
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[name]
 
 
 def versions() -> dict[str, str]:

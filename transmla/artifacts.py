@@ -8,9 +8,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transmla import __version__
 from transmla.recover.checkpoints import PARTIAL, fsync, fsync_tree
 
 RECORD = "transmla.json"  # beside every artifact: fingerprint, seconds, tokens, peak memory, versions
@@ -69,3 +71,8 @@ def write_whole(file: Path, content: str) -> None:
     partial = file.with_name(f"{PARTIAL}-{file.name}")
     partial.write_text(content, encoding="utf-8")
     os.replace(partial, file)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {"transmla": __version__} | {name: version(name) for name in ("torch", "transformers", "trl")}

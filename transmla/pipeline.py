@@ -6,16 +6,13 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import trl
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from omegaconf import OmegaConf
@@ -23,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from transmla import __version__
-from transmla.artifacts import is_current, publishing
+from transmla.artifacts import is_current, publishing, versions
 from transmla.data.sources import load_many
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
@@ -160,7 +156,7 @@ class Pipeline:
         self.state.wait_for_everyone()
 
     def _train(self, index: int, folder: Path, digest: str, label: str) -> None:
-        from transmla.recover.run import build_trainer, run_stage, trainer_config
+        from transmla.recover.run import build_trainer, run_stage, tensorboard_folder, trainer_config
 
         stage = self.recipe.recover[index]
         work = self.out / "checkpoints" / f"{index}_{stage.kind}"
@@ -183,7 +179,7 @@ class Pipeline:
             dtype=self.prepared.dtype,
             processes=self.state.num_processes,
         )
-        with _tensorboard_folder(self.out / "logs"):
+        with tensorboard_folder(self.out / "logs"):
             trainer = build_trainer(
                 stage,
                 load_model(before, self.prepared.dtype, self.device),
@@ -327,30 +323,3 @@ class Pipeline:
             raise RecipeError(
                 "recipe", f"{verb} needs {folder}, which is missing or of other settings; run recover.py recipe=... first"
             )
-
-
-@contextmanager
-def _tensorboard_folder(folder: Path) -> Iterator[None]:
-    """Where a trainer made meanwhile writes TensorBoard's files, unless the user's environment says.
-
-    transformers takes the folder from the environment alone, and its default, beside the checkpoints, goes with them.
-    """
-    name = "TENSORBOARD_LOGGING_DIR"
-    chosen = name in os.environ
-    os.environ.setdefault(name, str(folder))
-    try:
-        yield
-    finally:
-        if not chosen:
-            del os.environ[name]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {
-        "transmla": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "trl": trl.__version__,
-    }
-

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,22 @@ def trainer_config(
         use_cpu=device == "cpu",
         **(TRAINER_DEFAULTS | stage.trainer),
     )
+
+
+@contextmanager
+def tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where a trainer made meanwhile writes TensorBoard's files, unless the user's environment says.
+
+    transformers takes the folder from the environment alone, and its default, beside the checkpoints, goes with them.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    chosen = name in os.environ
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[name]
 
 
 def build_trainer(

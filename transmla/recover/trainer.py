@@ -27,7 +27,7 @@ class Objective:
 class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
     """trl's SFTTrainer with a loss against a frozen teacher.
 
-    The objective runs inside the student's own `forward` (so that DDP, FSDP and ZeRO see it) when that is called with
+    The objective runs inside the student's own `forward` (so that DDP sees it) when that is called with
     `objective=True`. Its sum is divided by the number of tokens of the global batch, over accumulation steps and
     processes: the same global batch has the same loss and gradients however it is split.
 

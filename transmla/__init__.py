@@ -11,5 +11,10 @@ from transmla.families import FAMILIES
 __version__ = "0.1.0"
 
 for _family in FAMILIES.values():
-    AutoConfig.register(_family.student_config.model_type, _family.student_config, exist_ok=True)
-    AutoModelForCausalLM.register(_family.student_config, _family.student_model, exist_ok=True)
+    for _config, _model in (
+        (_family.student_config, _family.student_model),
+        (_family.source_config, _family.source_model),
+    ):
+        if _config is not None:
+            AutoConfig.register(_config.model_type, _config, exist_ok=True)
+            AutoModelForCausalLM.register(_config, _model, exist_ok=True)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate
+from transmla.convert.keynorm import fit_keys, with_linear_keys
 from transmla.convert.solve import solve_attention
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
@@ -41,14 +42,21 @@ def convert_model(
 def solve_model(
     source: PreTrainedModel, geometry: MLAGeometry, settings: Convert, statistics: list[LayerStatistics]
 ) -> PreTrainedModel:
-    """Solve every layer from given statistics and assemble the student."""
+    """Solve every layer from given statistics and assemble the student.
+
+    Keys behind a norm become linear maps first; the share of their variance that is lost is set in the statistics.
+    """
     family = family_of(source.config)
-    frequencies = source.model.rotary_emb.inv_freq.double()
     config = student_config(source.config, geometry, family)
     attention: dict[str, Tensor] = {}
     layers = source.model.layers
     for index, layer in enumerate(tqdm(layers, desc="convert", unit="layer")):
         weights = family.read_attention(layer.self_attn, source.config, source.device)
+        if weights.key_norm is not None:
+            fit = fit_keys(weights, statistics[index])
+            statistics[index].key_error = fit.error
+            weights = with_linear_keys(weights, fit)
+        frequencies = family.frequencies(source, index).double()
         solved = solve_attention(weights, statistics[index], frequencies, geometry, settings)
         for name, value in solved.items():
             if name.endswith(".bias") and not _has_bias(config, name):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DecoupledRope:
-    """Maps of the augmented input [x; 1]; D1 = D + 1.
+    """Maps of the augmented input [x; 1], D1 = D + 1; those of the queries may be maps of another n-dimensional input.
 
-    q_nope: [H, d, D1]. k_nope: [G, d, D1], without rotation. q_rope: [H, P, D1]. k_rope: [P, D1]; pairs (m, m + P/2).
+    q_nope: [H, d, n]. k_nope: [G, d, D1], without rotation. q_rope: [H, P, n]. k_rope: [P, D1]; pairs (m, m + P/2).
     """
 
     q_nope: Tensor
@@ -70,7 +70,8 @@ def decouple_rope(
     Exact when freqfold = collapse = 1 and there is one key head: then every component keeps its own rotation.
 
     Args:
-        query, key: [H, d, D1] and [G, d, D1], float64.
+        query, key: [H, d, n] and [G, d, D1], float64. The identity as query gives the maps that apply to a head's d
+            coordinates.
         second_moment: E[x x^T] of the augmented input, [D1, D1].
         frequencies: [d/2], the source's rotary frequencies.
         freqfold, collapse: a band is `freqfold` neighbouring frequencies, `freqfold / collapse` channels are kept.

@@ -34,7 +34,12 @@ def solve_attention(
     repeat = heads // groups
     covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
     augmented = statistics.augmented()
+    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.keynorm)"
     key, query = source.key, source.query
+    if source.query_norm is None:
+        query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)
+    else:
+        query_moment = statistics.query_moment
     value = source.value[..., :-1]
 
     # Output variance that a head's values carry: what one unit of its squared logit error costs.
@@ -43,7 +48,7 @@ def solve_attention(
     importance = torch.einsum("hwv,hwv->h", spread, output) * source.scaling**2
 
     rope = decouple_rope(
-        query,
+        torch.eye(geometry.head_dim, dtype=key.dtype, device=key.device).expand(heads, -1, -1),
         key,
         augmented,
         frequencies,
@@ -55,7 +60,7 @@ def solve_attention(
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
     k_nope = rope.k_nope[..., :-1]
     if settings.weighting == "cost":
-        moment = torch.einsum("hwx,xy,hvy->hwv", rope.q_nope, augmented, rope.q_nope)
+        moment = rope.q_nope @ query_moment @ rope.q_nope.mT
         key_cost = settings.kv_balance * (importance[:, None, None] * moment).unflatten(0, (groups, repeat)).sum(1)
         value_cost = output.unflatten(0, (groups, repeat)).sum(1)
     else:
@@ -65,7 +70,7 @@ def solve_attention(
         k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
     )
 
-    weights = _queries(rope, augmented, geometry, source.scaling)
+    weights = _queries(source, rope, augmented, geometry)
     up = torch.cat((up_key.repeat_interleave(repeat, 0), up_value.repeat_interleave(repeat, 0)), dim=1)
     value_bias = source.value[..., -1].repeat_interleave(repeat, 0)  # [H, d]
     weights |= {
@@ -80,10 +85,22 @@ def solve_attention(
     return weights
 
 
-def _queries(rope: DecoupledRope, augmented: Tensor, geometry: MLAGeometry, scaling: float) -> dict[str, Tensor]:
-    """Query weights; MLA divides logits by sqrt(nope + rope), so the ratio to the source's scale is folded in."""
-    ratio = scaling * (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) ** 0.5
-    maps = torch.cat((rope.q_nope, rope.q_rope), dim=1) * ratio  # [H, nope + P, D1]
+def _queries(source: SourceAttention, rope: DecoupledRope, augmented: Tensor, geometry: MLAGeometry) -> dict[str, Tensor]:
+    """Query weights. What decoupling does to queries is linear in the source's d coordinates of a head, one map M_h
+    [nope + P, d] a head: without a norm M_h goes into the projection, with one it stays behind the norm.
+
+    MLA divides logits by sqrt(nope + rope), so the ratio to the source's scale is folded in.
+    """
+    ratio = source.scaling * (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) ** 0.5
+    mix = torch.cat((rope.q_nope, rope.q_rope), dim=1) * ratio  # [H, nope + P, d]
+    if source.query_norm is not None:
+        return {
+            "q_proj.weight": source.query[..., :-1].flatten(0, 1),
+            "q_proj.bias": source.query[..., -1].flatten(),
+            "q_norm.weight": source.query_norm.parameter,
+            "q_mix.weight": mix,
+        }
+    maps = mix @ source.query  # [H, nope + P, D1]
     bias = maps[..., -1].flatten()
     if geometry.q_lora_rank is None:
         return {"q_proj.weight": maps[..., :-1].flatten(0, 1), "q_proj.bias": bias}

@@ -13,11 +13,33 @@ from transmla.errors import RecipeError
 
 
 @dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm over the d coordinates of every head: weight * x / sqrt(mean(x²) + eps).
+
+    weight: [d], the effective one, float64. offset: what the source adds to its stored parameter (1 in Gemma, else 0).
+    """
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """heads: [..., d] before the norm."""
+        return heads * (heads.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as the source stores it, [d]."""
+        return self.weight - self.offset
+
+
+@dataclass(frozen=True)
 class SourceAttention:
     """Linear maps of one source attention in float64; D1 = D + 1, the last column is the bias (zero without one).
 
     query: [H, d, D1]. key, value: [G, d, D1]. output: [D, H, d]. output_bias: [D] or None.
     scaling: factor on the logits. Coordinates l and l + d/2 of queries and keys form a rotary pair.
+    query_norm, key_norm: what follows `query` and `key` before the rotation, None where nothing does.
     """
 
     query: Tensor
@@ -26,6 +48,8 @@ class SourceAttention:
     output: Tensor
     output_bias: Tensor | None
     scaling: float
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
 
 
 def affine(linear: nn.Linear, heads: int, device: torch.device) -> Tensor:
@@ -37,7 +61,7 @@ def affine(linear: nn.Linear, heads: int, device: torch.device) -> Tensor:
 
 def read_split_projections(attention: nn.Module, config: PretrainedConfig, device: torch.device) -> SourceAttention:
     """Read an attention that has `q_proj`, `k_proj`, `v_proj`, `o_proj` (Llama and its relatives)."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    heads, groups = config.num_attention_heads, key_value_heads(config)
     output = attention.o_proj.weight.detach().to(device, torch.float64)
     bias = attention.o_proj.bias
     return SourceAttention(
@@ -50,28 +74,59 @@ def read_split_projections(attention: nn.Module, config: PretrainedConfig, devic
     )
 
 
+def key_value_heads(config: PretrainedConfig) -> int:
+    """Number of key/value heads; older configurations leave it out where every query head has its own."""
+    return config.num_key_value_heads or config.num_attention_heads
+
+
+def shared_frequencies(model: PreTrainedModel, index: int) -> Tensor:
+    """Rotary frequencies [d/2] of a model that has the same in every layer, in radians a position."""
+    return model.model.rotary_emb.inv_freq
+
+
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """Kinds of rotary embedding in a configuration, whose parameters may differ by layer type."""
+    parameters = config.rope_parameters or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
+    return {entry.get("rope_type", "default") for entry in by_layer or [parameters]}
+
+
 @dataclass(frozen=True)
 class Family:
     """One source architecture.
 
     model_type: of the source's config.json.
     student_config, student_model: classes registered with transformers' Auto classes.
+    source_config, source_model: classes for a source that transformers does not know, registered likewise.
     read_attention: (attention module, config, device) -> SourceAttention.
-    qkv_bias: whether query, key and value projections carry a bias.
+    head_norms: attention module -> norms of queries and keys, for a family that has them.
+    frequencies: (source model, layer) -> [d/2], the layer's rotary frequencies.
+    qkv_bias: whether query, key and value projections carry a bias. output_bias: whether the output does.
     refuse: returns why a configuration cannot be carried over, or None.
+    inexpressible: returns why the student cannot become a stock DeepSeek checkpoint, or None; what every family
+        shares is in transmla.export.deepseek.
+    notice: returns what the user should know about a conversion, or None.
+    kernel: transformers' name of the attention that source and student run with by default.
     """
 
     model_type: str
     student_config: type[PretrainedConfig]
     student_model: type[PreTrainedModel]
+    source_config: type[PretrainedConfig] | None = None
+    source_model: type[PreTrainedModel] | None = None
     read_attention: Callable[[nn.Module, PretrainedConfig, torch.device], SourceAttention] = read_split_projections
+    head_norms: Callable[[nn.Module], tuple[HeadNorm, HeadNorm]] | None = None
+    frequencies: Callable[[PreTrainedModel, int], Tensor] = shared_frequencies
     qkv_bias: Callable[[PretrainedConfig], bool] = lambda config: False
+    output_bias: Callable[[PretrainedConfig], bool] = lambda config: False
     refuse: Callable[[PretrainedConfig], str | None] = lambda config: None
+    inexpressible: Callable[[PretrainedConfig], str | None] = lambda config: None
+    notice: Callable[[PretrainedConfig], str | None] = lambda config: None
+    kernel: str = "sdpa"
 
     def check(self, config: PretrainedConfig) -> None:
         """Refuse a configuration that the adapter would convert wrongly."""
-        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ("default", "llama3", "linear"):
+        for rope_type in sorted(rope_types(config) - {"default", "llama3", "linear"}):
             raise RecipeError("model.source", f"rope type {rope_type!r} is not supported; use a model without it")
         if (reason := self.refuse(config)) is not None:
             raise RecipeError("model.source", reason)

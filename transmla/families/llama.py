@@ -24,4 +24,5 @@ LLAMA = Family(
     student_config=MLALlamaConfig,
     student_model=MLALlamaForCausalLM,
     qkv_bias=lambda config: config.attention_bias,
+    output_bias=lambda config: config.attention_bias,
 )

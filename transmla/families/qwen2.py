@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
 
-from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from transmla.families.base import Family
 from transmla.modeling.student import MLAStudent
@@ -19,14 +19,9 @@ class MLAQwen2ForCausalLM(MLAStudent, Qwen2ForCausalLM):
     config_class = MLAQwen2Config
 
 
-def _refuse(config: PretrainedConfig) -> str | None:
-    return "sliding-window attention is not supported; set use_sliding_window to false" if config.use_sliding_window else None
-
-
 QWEN2 = Family(
     model_type="qwen2",
     student_config=MLAQwen2Config,
     student_model=MLAQwen2ForCausalLM,
     qkv_bias=lambda config: True,
-    refuse=_refuse,
 )

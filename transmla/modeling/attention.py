@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from transmla.modeling.backends import attend, eager_attention
+from transmla.modeling.window import layer_window
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -15,6 +16,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+
+class HeadLinear(nn.Module):
+    """A linear map of its own for every head: [B, T, H, i] -> [B, T, H, o], weight [H, o, i]."""
+
+    def __init__(self, heads: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, outputs, inputs))
+        nn.init.normal_(self.weight, std=inputs**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bthi,hoi->btho", x, self.weight)
 
 
 class MLAAttention(nn.Module):
@@ -25,11 +38,26 @@ class MLAAttention(nn.Module):
     The latent has no RMSNorm: the exported model's norm is made linear (transmla.export.deepseek). Rotary pairs are
     half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's scale into q.
 
+    With a norm on the source's queries (`query_norm`) that norm is kept, over the source's d coordinates of a head,
+    and a map of each head follows it:  [q_h,nope ; q_h,rope] = M_h norm(W_h^Q x).
+
     Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, attention_dropout.
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, attention_dropout, and layer types and sliding window
+    where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
+
+    Args:
+        query_norm: class of the queries' norm, made with (d, eps=...), or None.
+        softcap: cap on the attention's logits, or None.
     """
 
-    def __init__(self, config: PretrainedConfig, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        layer_idx: int,
+        *,
+        query_norm: type[nn.Module] | None = None,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -40,13 +68,22 @@ class MLAAttention(nn.Module):
         self.kv_lora_rank = config.kv_lora_rank
         self.q_lora_rank = config.q_lora_rank
         self.attention_dropout = config.attention_dropout or 0.0
+        self.softcap = softcap
+        self.sliding_window = layer_window(config, layer_idx)
         self.is_causal = True
         self.num_key_value_groups = 1  # transformers' kernels ask for it
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.scaling = qk_head_dim**-0.5
 
         hidden, bias = config.hidden_size, config.mla_qkv_bias
-        if self.q_lora_rank is None:
+        self.q_norm = None
+        if query_norm is not None:
+            assert self.q_lora_rank is None, "families with a norm on queries have no query rank"
+            width = config.mla_query_norm_dim
+            self.q_proj = nn.Linear(hidden, self.num_heads * width, bias=bias)
+            self.q_norm = query_norm(width, eps=config.rms_norm_eps)
+            self.q_mix = HeadLinear(self.num_heads, width, qk_head_dim)
+        elif self.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, self.num_heads * qk_head_dim, bias=bias)
         else:
             self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=False)
@@ -73,7 +110,10 @@ class MLAAttention(nn.Module):
         cache = past_key_values if cache is None else cache
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_proj(hidden_states))
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = query.unflatten(-1, (self.num_heads, -1))
+        if self.q_norm is not None:
+            query = self.q_mix(self.q_norm(query))
+        query = query.transpose(1, 2)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head: what caches expect
@@ -93,6 +133,8 @@ class MLAAttention(nn.Module):
             implementation=self.config._attn_implementation,
             scaling=self.scaling,
             dropout=self.attention_dropout if self.training else 0.0,
+            softcap=self.softcap,
+            sliding_window=self.sliding_window,
             eager=eager_attention,
             **kwargs,
         )

@@ -14,6 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # plain SDPA falls to (docs/experiments.md). FlashAttention-2 is left out: it wants equal widths.
 CUDA_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+CAPPING = ("eager", "flex_attention")  # kernels that can cap the logits (Gemma 2)
+
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     """Softmax attention by PyTorch's fused kernels, the backend chosen for MLA's shape.
@@ -50,14 +52,33 @@ def attend(
     implementation: str,
     scaling: float,
     dropout: float,
+    softcap: float | None = None,
     eager: Callable[..., tuple[Tensor, Tensor | None]],
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Dispatch on transformers' `attn_implementation`: `sdpa` is ours, everything else is transformers' own."""
+    """Dispatch on transformers' `attn_implementation`: `sdpa` is ours, everything else is transformers' own.
+
+    Args:
+        softcap: logits become softcap · tanh(logits / softcap) before the mask; None: they stay.
+
+    Raises:
+        ValueError: the kernel would drop the softcap.
+    """
+    if softcap is not None:
+        if implementation not in CAPPING:
+            raise ValueError(
+                f"attn_implementation {implementation!r} does not cap attention logits at MLA's shape; use one of {CAPPING}"
+            )
+        kwargs["softcap"] = softcap
     if implementation == "sdpa":
         return sdpa(query, key, value, mask, scaling, dropout), None
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def cap(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(logits / softcap), or the logits themselves without a cap."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def eager_attention(
@@ -68,10 +89,11 @@ def eager_attention(
     mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, Tensor]:
     """The definition, written out; the reference for every other kernel. Returns ([B, T, H, V], [B, H, T, S])."""
-    logits = query @ key.transpose(2, 3) * scaling
+    logits = cap(query @ key.transpose(2, 3) * scaling, softcap)
     if mask is not None:
         logits = logits + mask
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.geometry import MLAGeometry
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from transmla.families import Family
 
 ATTENTION = ".self_attn."  # marks the parameters that conversion replaces
+# Of the source's configuration: what names or loads the source, and what the student has under another meaning.
+DROPPED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "head_dim",
+    "dtype",
+    "num_nextn_predict_layers",
+)
 
 
 class MLAStudent:
@@ -23,19 +34,30 @@ class MLAStudent:
 
     The configuration's `head_dim` is the rope head's dimension, so that the family's own rotary embedding yields
     MLA's cos and sin (as in transformers' DeepseekV3Config).
+
+    query_norm: class of the norm on queries, for a family that has one. caps_attention: whether the family caps its
+    attention logits at `attn_logit_softcapping`.
     """
+
+    query_norm: type[nn.Module] | None = None
+    caps_attention: bool = False
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
+        softcap = config.attn_logit_softcapping if self.caps_attention else None
         for index, layer in enumerate(self.model.layers):
-            layer.self_attn = MLAAttention(config, index)
+            layer.self_attn = MLAAttention(config, index, query_norm=self.query_norm, softcap=softcap)
         self.post_init()
+
+    def rotation(self, states: Tensor, positions: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, T, P] of layer `index`. states: any tensor of the trunk's dtype. positions: [B, T]."""
+        return self.model.rotary_emb(states, positions)
 
 
 def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Family) -> PretrainedConfig:
     """Configuration of the student: the source's, with MLA's dimensions under DeepSeek's names."""
     fields = source.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "_name_or_path", "head_dim", "dtype"):
+    for name in DROPPED:
         fields.pop(name, None)
     return family.student_config(
         **fields,
@@ -46,7 +68,8 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         kv_lora_rank=geometry.kv_lora_rank,
         q_lora_rank=geometry.q_lora_rank,
         mla_qkv_bias=bool(family.qkv_bias(source)),
-        mla_output_bias=bool(getattr(source, "attention_bias", False)),
+        mla_output_bias=bool(family.output_bias(source)),
+        mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
         architectures=[family.student_model.__name__],
     )
 

@@ -54,14 +54,14 @@ def attention_errors(
     positions = batch.get("position_ids")
     if positions is None:
         positions = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)[None]
-    rotation = student.model.rotary_emb(student.model.embed_tokens.weight[:1], positions)
+    states = student.model.embed_tokens.weight[:1]
     grad = torch.is_grad_enabled()
 
     def transfer(index: int, kwargs: dict, expected: Tensor) -> None:
         with torch.set_grad_enabled(grad):
             own, _ = student.model.layers[index].self_attn(
                 kwargs["hidden_states"].detach(),
-                position_embeddings=rotation,
+                position_embeddings=student.rotation(states, positions, index),
                 attention_mask=kwargs["attention_mask"],
             )
             if keep is not None:

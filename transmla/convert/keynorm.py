@@ -1,0 +1,52 @@
+"""Keys behind a norm as linear maps: the best one, by least squares from streamed moments.
+
+A cached latent is linear in the attention's input x, so a normalised key k̂ = norm(W x) has to be. The best map of
+[x; 1] is E[k̂ [x;1]^T] E[[x;1] [x;1]^T]^{-1}; what it leaves unexplained is reported, and recovery trains it on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from transmla.convert.calibration import LayerStatistics
+from transmla.families.base import SourceAttention
+
+RIDGE = 1e-7  # of the mean eigenvalue of E[x x^T]
+
+
+@dataclass(frozen=True)
+class KeyFit:
+    """maps: [G, d, D1]. error: [G], share of the variance of k̂ that the map leaves (1 - R²)."""
+
+    maps: Tensor
+    error: Tensor
+
+
+def fit_keys(source: SourceAttention, statistics: LayerStatistics) -> KeyFit:
+    """Regress normalised keys on the augmented input.
+
+    Directions of x that calibration hardly saw are pulled towards the norm with a constant root mean square, c·w·W,
+    not towards zero. Exact when the norm is linear on the calibration text.
+
+    Args:
+        source: its `key_norm` is there.
+        statistics: with `key_cross` and `key_energy`.
+    """
+    moment, cross, energy = statistics.augmented(), statistics.key_cross, statistics.key_energy
+    linear = source.key * source.key_norm.weight[:, None]  # [G, d, D1]
+    scale = (linear * cross).sum((1, 2)) / torch.einsum("gwx,xy,gwy->g", linear, moment, linear).clamp_min(1e-30)
+    prior = scale[:, None, None] * linear
+    ridge = RIDGE * moment.diagonal().mean()
+    damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    maps = prior + torch.linalg.solve(damped, (cross - prior @ moment).mT).mT
+    left = energy - 2 * (maps * cross).sum((1, 2)) + torch.einsum("gwx,xy,gwy->g", maps, moment, maps)
+    variance = energy - cross[..., -1].square().sum(1)
+    return KeyFit(maps=maps, error=(left / variance.clamp_min(1e-30)).clamp_min(0.0))
+
+
+def with_linear_keys(source: SourceAttention, fit: KeyFit) -> SourceAttention:
+    """The same attention with the norm of its keys and the projection before it replaced by the fitted map."""
+    return replace(source, key=fit.maps, key_norm=None)

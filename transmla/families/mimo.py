@@ -1,0 +1,53 @@
+"""MiMo: Qwen2's architecture with extra layers that predict further tokens, which a conversion drops.
+
+transformers has no such class; the source is read as a Qwen2 model, never by code from the hub.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
+
+from transmla.families.base import Family
+from transmla.modeling.student import MLAStudent
+
+
+class MiMoConfig(Qwen2Config):
+    """The configuration of a MiMo checkpoint."""
+
+    model_type = "mimo"
+
+
+class MiMoForCausalLM(Qwen2ForCausalLM):
+    """MiMo without its prediction layers."""
+
+    config_class = MiMoConfig
+    _keys_to_ignore_on_load_unexpected = [r"^model\.mtp_layers\."]
+
+
+class MLAMiMoConfig(Qwen2Config):
+    """MiMo's configuration with MLA's dimensions."""
+
+    model_type = "mla_mimo"
+    base_model_tp_plan = None
+
+
+class MLAMiMoForCausalLM(MLAStudent, Qwen2ForCausalLM):
+    """MiMo with multi-head latent attention."""
+
+    config_class = MLAMiMoConfig
+
+
+def _notice(config: PretrainedConfig) -> str | None:
+    count = getattr(config, "num_nextn_predict_layers", 0)  # no field of Qwen2's configuration
+    return f"the {count} extra prediction layer(s) of the source (model.mtp_layers) are dropped" if count else None
+
+
+MIMO = Family(
+    model_type="mimo",
+    student_config=MLAMiMoConfig,
+    student_model=MLAMiMoForCausalLM,
+    source_config=MiMoConfig,
+    source_model=MiMoForCausalLM,
+    qkv_bias=lambda config: True,
+    notice=_notice,
+)

@@ -1,0 +1,25 @@
+"""Which layers of a model see only a window of the text."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+
+def layer_types(config: PretrainedConfig) -> list[str]:
+    """`full_attention` or `sliding_attention` for every layer, as transformers' trunks build their masks."""
+    types = getattr(config, "layer_types", None)  # Mistral and Mixtral have one window for all layers, Llama none
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return types
+
+
+def layer_window(config: PretrainedConfig, index: int) -> int | None:
+    """Tokens that layer `index` sees, itself included; None: all."""
+    return config.sliding_window if layer_types(config)[index] == "sliding_attention" else None
+
+
+def shortest_window(config: PretrainedConfig) -> int | None:
+    """The shortest window that any layer has within the positions of the model, or None."""
+    windows = [layer_window(config, index) for index in range(config.num_hidden_layers)]
+    return min((w for w in windows if w is not None and w < config.max_position_embeddings), default=None)

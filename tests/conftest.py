@@ -6,8 +6,9 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from transmla.families import default_kernel
 from transmla.recipe import Calibration, Convert
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -44,14 +45,14 @@ def tiny_config(family: str = "llama", *, groups: int = 2, **fields: object) -> 
         eos_token_id=0,
         pad_token_id=0,
     )
-    return (LlamaConfig if family == "llama" else Qwen2Config)(**(common | fields))
+    return AutoConfig.for_model(family, **(common | fields))
 
 
 def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: object) -> PreTrainedModel:
     """A random model with attention far from uniform, non-zero biases and norms other than one."""
     torch.manual_seed(1)
     config = tiny_config(family, **fields)
-    model = (LlamaForCausalLM if family == "llama" else Qwen2ForCausalLM)(config).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=default_kernel(family)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
@@ -59,7 +60,7 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **f
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(float(family.startswith("gemma")))  # Gemma multiplies by 1 + weight
     return model
 
 

@@ -66,6 +66,8 @@ def _run(verb: str, words: list[str]) -> int:
                     dtype=prepared.dtype,
                     processes=processes,
                     output=prepared.output,
+                    export=prepared.export.describe(recipe.export),
+                    notice=prepared.notice,
                 )
             )
         return 0

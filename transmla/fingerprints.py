@@ -75,7 +75,13 @@ class Fingerprints:
     @property
     def export(self) -> str:
         """Of the exported checkpoint."""
-        return fingerprint({"input": self.student, "export": self.recipe.export.model_dump(mode="json")})
+        return fingerprint(
+            {
+                "input": self.student,
+                "export": self.recipe.export.model_dump(mode="json"),
+                "format": self.prepared.export.name,
+            }
+        )
 
     def evaluation(self, model: str) -> str:
         """Of the evaluation of `teacher`, `converted`, `recovered` or `exported`."""

@@ -117,6 +117,10 @@ class Pipeline:
     def convert(self) -> None:
         """Stage one: the student before any training."""
         from transmla.convert.convert import convert_model
+        from transmla.convert.keynorm import describe_key_errors
+
+        if self.prepared.notice:
+            self.say(f"[convert] {self.prepared.notice}")
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             settings = self.recipe.convert
@@ -127,6 +131,9 @@ class Pipeline:
                 self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
             )
             record["tokens"] = windows.numel()
+            if statistics[0].key_error is not None:
+                record["key_regression_error"] = [float(layer.key_error.mean()) for layer in statistics]
+                self.say(f"[convert] {describe_key_errors(record['key_regression_error'])}")
             self._save_student(student, scratch)
             scales = torch.tensor([layer.output_mean_square for layer in statistics], dtype=torch.float64)
             save_file({"output_mean_square": scales}, scratch / "statistics.safetensors")
@@ -205,16 +212,20 @@ class Pipeline:
         gc.collect()
 
     def export(self) -> None:
-        """The stock checkpoint, published only when a fresh process agrees with the student."""
+        """The final checkpoint, published only when a fresh process agrees with the student."""
         self._require(self.student_folder, self.digests.student, "export")
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
-            from transmla.export.publish import write_checkpoint
+            from transmla.export.publish import write_checkpoint, write_student
 
+            chosen = self.prepared.export
+            if not chosen.stock:
+                self.say(f"[export] {chosen.describe(self.recipe.export)}")
             student = load_model(self.student_folder, self.prepared.dtype, "cpu")
-            write_checkpoint(student, self.tokenizer, self.recipe.export, self._export_dtype(), scratch)
+            write = write_checkpoint if chosen.stock else write_student
+            write(student, self.tokenizer, self.recipe.export, self._export_dtype(), scratch)
             del student  # one model in memory at a time
-            record["format"] = "deepseek_v3"
+            record["format"] = chosen.name
             record["max_abs_logprob_diff"] = self._check_reload(scratch)
 
         self._make(self.out / "exported", self.digests.export, "export", build)
@@ -232,7 +243,7 @@ class Pipeline:
         return self.prepared.dtype if wanted == "auto" else getattr(torch, wanted)
 
     def _check_reload(self, folder: Path) -> float:
-        """Compare stock transformers in a fresh process with the student; both multiply in float32."""
+        """Compare the checkpoint in a fresh process with the student; both multiply in float32."""
         from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities
 
         section = self.recipe.export.verify
@@ -240,7 +251,7 @@ class Pipeline:
         tokens = self._windows(self.recipe.evaluate.data[:1], "evaluate", section.tokens, length)
         expected = log_probabilities(load_model(self.student_folder, torch.float32, "cpu"), tokens)
         tolerance = section.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
-        return check_reload(folder, tokens, expected, tolerance)
+        return check_reload(folder, tokens, expected, tolerance, stock=self.prepared.export.stock)
 
     def evaluate(self) -> None:
         """Quality of every model that is there, then the report."""

@@ -94,8 +94,10 @@ def render_plan(
     dtype: torch.dtype,
     processes: int,
     output: Path,
+    export: str,
+    notice: str | None,
 ) -> str:
-    """The text that `dry_run=true` prints."""
+    """The text that `dry_run=true` prints. export: one line on the exported format. notice: what else to know, or None."""
     sizes = count_parameters(config, geometry)
     g = geometry
     query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
@@ -108,6 +110,7 @@ def render_plan(
         f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
         f"hardware     {processes} x {device}, {str(dtype).removeprefix('torch.')}",
+        *([f"note         {notice}"] if notice else []),
         "",
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(recipe.convert.calibration.data)}",
@@ -121,7 +124,7 @@ def render_plan(
             f"about {memory:.1f} GiB a device"
         )
     lines += [
-        f"export       deepseek_v3, {recipe.export.layout} layout, {recipe.export.dtype}",
+        f"export       {export}",
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         "",

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from transmla.data.sources import check_dataset
 from transmla.errors import RecipeError
-from transmla.export.deepseek import blocking_feature, export_dimensions
+from transmla.export.formats import Format, choose_format
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
@@ -31,6 +31,8 @@ class Prepared:
     device: str
     dtype: torch.dtype
     output: Path
+    export: Format
+    notice: str | None  # what the user should know about the conversion
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -49,18 +51,15 @@ def prepare(recipe: Recipe) -> Prepared:
     family = family_of(config)
     geometry = derive_geometry(config, recipe.convert)
     student = student_config(config, geometry, family)
-    if (reason := blocking_feature(student)) is not None:
-        raise RecipeError("export", f"{reason}; a stock checkpoint cannot express this source")
-    try:
-        export_dimensions(student, recipe.export.layout)
-    except ValueError as error:
-        raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
+    if family.head_norms is not None and recipe.convert.q_lora_rank is not None:
+        raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
+    export = choose_format(recipe.export, student)
     _check_data(recipe, config)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
         missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - _already(output)
         require_disk(output, max(missing, 0))
-    return Prepared(recipe, config, geometry, device, dtype, output)
+    return Prepared(recipe, config, geometry, device, dtype, output, export, family.notice(config))
 
 
 def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -143,8 +143,10 @@ class Verify(Section):
 
 
 class Export(Section):
-    """The DeepSeek-V3 checkpoint."""
+    """The final checkpoint."""
 
+    # auto: a stock DeepSeek-V3 checkpoint where that can express the model, else the student's own class
+    format: Literal["auto", "deepseek_v3", "student"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the recovered student is stored
     layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
     max_shard_size: str = "5GB"

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
+from transmla.families import default_kernel
 from transmla.hardware import require_disk
 from transmla.recipe import ModelSource
 
@@ -238,9 +239,11 @@ def _edit_json(file: Path, change: Any) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str, attention: str = "sdpa") -> PreTrainedModel:
-    """Load a causal language model in eval mode."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """Load a causal language model in eval mode, with its family's attention kernel."""
+    config = AutoConfig.from_pretrained(folder)
+    kernel = default_kernel(config.model_type)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=kernel)
     return model.to(device).eval()
 
 

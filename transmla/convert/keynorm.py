@@ -50,3 +50,12 @@ def fit_keys(source: SourceAttention, statistics: LayerStatistics) -> KeyFit:
 def with_linear_keys(source: SourceAttention, fit: KeyFit) -> SourceAttention:
     """The same attention with the norm of its keys and the projection before it replaced by the fitted map."""
     return replace(source, key=fit.maps, key_norm=None)
+
+
+def describe_key_errors(errors: list[float]) -> str:
+    """One line on what linear keys lose. errors: 1 - R² by layer, the mean over key heads."""
+    by_layer = ", ".join(f"{index}: {100 * error:.1f}" for index, error in enumerate(errors))
+    return (
+        "keys pass a norm and become linear; share of their variance that no linear map explains, "
+        f"mean {100 * sum(errors) / len(errors):.1f} %, by layer in %: {by_layer}"
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.evaluate.perplexity import compare, final_hidden
+from transmla.modeling.window import final_softcap
 from transmla.recipe import Evaluate
 from transmla.recover.layerwise import attention_errors
 
@@ -34,7 +35,7 @@ def evaluate_teacher(
     for dataset, rows in windows.items():
         hidden = final_hidden(teacher, rows, section.batch_size, f"teacher on {dataset}")
         save_file({"windows": rows, "hidden": hidden, "head": head.cpu().clone()}, reference_file(folder, dataset))
-        quality[dataset] = asdict(compare(rows, hidden, head, hidden, head))
+        quality[dataset] = asdict(compare(rows, hidden, head, hidden, head, final_softcap(teacher.config)))
     return quality
 
 
@@ -47,7 +48,8 @@ def evaluate_student(
     for dataset in section.data:
         saved = load_file(reference_file(reference, dataset))
         hidden = final_hidden(model, saved["windows"], section.batch_size, f"{name} on {dataset}")
-        result = compare(saved["windows"], hidden, head, saved["hidden"], saved["head"].to(head.device))
+        softcap = final_softcap(model.config)
+        result = compare(saved["windows"], hidden, head, saved["hidden"], saved["head"].to(head.device), softcap)
         quality[dataset] = asdict(result)
     return quality
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from transmla.modeling.backends import cap
+
 CHUNK = 1024  # tokens whose logits exist at a time
 
 
@@ -39,13 +41,19 @@ def final_hidden(model: PreTrainedModel, windows: Tensor, batch_size: int, label
 
 @torch.no_grad()
 def compare(
-    windows: Tensor, student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor
+    windows: Tensor,
+    student: Tensor,
+    student_head: Tensor,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    softcap: float | None = None,
 ) -> Quality:
     """Compare two models from their final hidden states.
 
     Args:
         windows: [n, L] token ids; position t predicts token t + 1 of the same window.
         student, teacher: [n, L, D]. student_head, teacher_head: [V, D]; computed in float32 on the heads' device.
+        softcap: cap on both models' logits, or None.
     """
     device = student_head.device
     student_head, teacher_head = student_head.float(), teacher_head.float()
@@ -54,8 +62,8 @@ def compare(
     own, other = student[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1)
     for start in range(0, len(target), CHUNK):
         part = slice(start, start + CHUNK)
-        log_s = F.log_softmax(own[part].to(device).float() @ student_head.T, dim=-1)
-        log_t = F.log_softmax(other[part].to(device).float() @ teacher_head.T, dim=-1)
+        log_s = F.log_softmax(cap(own[part].to(device).float() @ student_head.T, softcap), dim=-1)
+        log_t = F.log_softmax(cap(other[part].to(device).float() @ teacher_head.T, softcap), dim=-1)
         nll = nll - log_s.gather(1, target[part, None].to(device)).double().sum()
         kl = kl + F.kl_div(log_s, log_t, log_target=True, reduction="sum").double()
         agree = agree + (log_s.argmax(-1) == log_t.argmax(-1)).sum()

@@ -52,6 +52,7 @@ def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -
             "format": exported["format"],
             "max_abs_logprob_diff": exported["max_abs_logprob_diff"],
         },
+        "key_regression_error": (records.get("convert") or {}).get("key_regression_error"),
         "training": logs,
         "versions": versions,
         "seed": recipe.seed,
@@ -68,6 +69,14 @@ def render(report: dict[str, Any]) -> str:
         f"(rope {g['qk_rope_head_dim']} + latent {g['kv_lora_rank']}): {g['saving_percent']} % less.",
         "",
     ]
+    if report["key_regression_error"]:
+        errors = report["key_regression_error"]
+        lines += [
+            f"Keys pass a norm in the source and are linear in the student: {100 * sum(errors) / len(errors):.1f} % of "
+            f"their variance is not explained before recovery ({100 * min(errors):.1f} to {100 * max(errors):.1f} % by "
+            "layer).",
+            "",
+        ]
     for dataset in next(iter(report["quality"].values()), {}):
         lines += [f"## Quality on {dataset}", "", "| model | perplexity | KL to teacher | top-1 agreement |", "|---|---|---|---|"]
         for name, quality in report["quality"].items():
@@ -76,10 +85,11 @@ def render(report: dict[str, Any]) -> str:
         lines += ["", f"{q['tokens']:,} predicted tokens, the same windows for every model.", ""]
     if report["export"]:
         export = report["export"]
+        loader = "stock transformers" if export["format"] == "deepseek_v3" else "`import transmla`"
         lines += [
             "## Export",
             "",
-            f"`{export['path']}` ({export['format']}): a fresh process with stock transformers gives the recovered "
+            f"`{export['path']}` ({export['format']}): a fresh process with {loader} gives the recovered "
             f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
             "",
         ]

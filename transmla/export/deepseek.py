@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, PretrainedConfig, PreTrainedModel
 
+from transmla.families import family_of_student
+from transmla.modeling.window import shortest_window
+
 EPS = 1e-6  # transformers hard-codes it in the latent norms
 LATENT_SCALE = 2.0**-30  # a power of two: exact in every binary format
 PADDED = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
@@ -61,6 +64,10 @@ def export_dimensions(config: PretrainedConfig, layout: str) -> Dimensions:
 
 def blocking_feature(config: PretrainedConfig) -> str | None:
     """Why a student cannot become a stock checkpoint, or None."""
+    if (reason := family_of_student(config).inexpressible(config)) is not None:
+        return reason
+    if (window := shortest_window(config)) is not None:
+        return f"DeepSeek's attention has no sliding window, this model's is {window} of {config.max_position_embeddings} positions"
     if config.hidden_act != "silu":
         return f"activation {config.hidden_act!r} is not DeepSeek's silu"
     if getattr(config, "mlp_bias", False):

@@ -34,6 +34,14 @@ def write_checkpoint(
     tokenizer.save_pretrained(folder)
 
 
+def write_student(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Export, dtype: torch.dtype, folder: Path
+) -> None:
+    """The student's own class: sharded safetensors, configuration, tokenizer. `import transmla` loads it."""
+    student.to(dtype).save_pretrained(folder, max_shard_size=section.max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
 @torch.no_grad()
 def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
@@ -41,11 +49,12 @@ def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: float) -> float:
+def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: float, *, stock: bool = True) -> float:
     """Score tokens with the exported model in a fresh process and compare.
 
     Args:
         expected: log-probabilities of the student, [n, L, V].
+        stock: whether it must load without this package.
 
     Returns:
         The largest difference.
@@ -56,7 +65,7 @@ def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: floa
     with tempfile.TemporaryDirectory() as scratch:
         tokens_file, scores_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "scores.safetensors"
         save_file({"input_ids": tokens}, tokens_file)
-        score_in_fresh_process(folder, tokens_file, scores_file)
+        score_in_fresh_process(folder, tokens_file, scores_file, stock=stock)
         scores = load_file(scores_file)["log_probs"]
     difference = float((scores - expected).abs().max())
     kl = float((expected.exp() * (expected - scores)).sum(-1).mean())

@@ -1,4 +1,4 @@
-"""Which layers of a model see only a window of the text."""
+"""What a configuration says beyond dimensions: which layers see only a window, and a cap on the final logits."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def shortest_window(config: PretrainedConfig) -> int | None:
     """The shortest window that any layer has within the positions of the model, or None."""
     windows = [layer_window(config, index) for index in range(config.num_hidden_layers)]
     return min((w for w in windows if w is not None and w < config.max_position_embeddings), default=None)
+
+
+def final_softcap(config: PretrainedConfig) -> float | None:
+    """The cap on a model's final logits (Gemma 2), or None."""
+    return getattr(config, "final_logit_softcapping", None)  # a field of Gemma's configurations alone

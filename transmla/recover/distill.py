@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from transmla.modeling.window import final_softcap
 from transmla.recover.losses import forward_kl
 from transmla.recover.trainer import Objective, TeacherTrainer, trunk_inputs
 
@@ -33,5 +34,6 @@ class DistillTrainer(TeacherTrainer):
             expected,
             self.teacher.get_output_embeddings().weight,
             temperature=self.temperature,
+            softcap=final_softcap(self.teacher.config),
         )
         return Objective(total=total, tokens=mask.sum())

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from transmla.modeling.backends import cap
+
 CHUNK = 1024  # tokens whose logits exist at a time
 
 
@@ -27,7 +29,7 @@ def logits_float32(hidden: Tensor, head: Tensor) -> Tensor:
 
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_head, teacher, teacher_head, temperature, chunk):
+    def forward(ctx, student, student_head, teacher, teacher_head, temperature, softcap, chunk):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         wide = torch.promote_types(student.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64 if wide == torch.float64 else torch.float32, device=student.device)
@@ -35,12 +37,17 @@ class _ForwardKL(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            log_s = F.log_softmax(logits_float32(student[part], student_head) / temperature, dim=-1)
-            log_t = F.log_softmax(logits_float32(teacher[part], teacher_head) / temperature, dim=-1)
+            logits = cap(logits_float32(student[part], student_head), softcap)
+            log_s = F.log_softmax(logits / temperature, dim=-1)
+            log_t = F.log_softmax(
+                cap(logits_float32(teacher[part], teacher_head), softcap) / temperature, dim=-1
+            )
             total += F.kl_div(log_s, log_t, log_target=True, reduction="sum")
             if need_hidden or need_head:
                 # d/dlogits of T² KL(p_t ‖ p_s) with p = softmax(logits / T) is T (p_s - p_t).
                 slope = (log_s.exp_() - log_t.exp_()) * temperature
+                if softcap is not None:
+                    slope *= 1.0 - (logits / softcap).square()
                 if need_hidden:
                     grad_hidden[part] = (slope.to(student_head.dtype) @ student_head).to(student.dtype)
                 if need_head:
@@ -59,6 +66,7 @@ class _ForwardKL(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -69,6 +77,7 @@ def forward_kl(
     teacher_head: Tensor,
     *,
     temperature: float = 1.0,
+    softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
     """Sum over tokens of T² KL(teacher ‖ student) at temperature T (Hinton et al., arXiv:1503.02531, section 2.1).
@@ -78,12 +87,13 @@ def forward_kl(
     Args:
         student, teacher: hidden states after the last norm, [n, D] each (their D may differ).
         student_head, teacher_head: [V, D].
+        softcap: cap on both models' logits (`final_logit_softcapping`), or None.
 
     Returns:
         Scalar in nats, summed (divide by the number of tokens of the whole global batch).
     """
     with torch.autocast(student.device.type, enabled=False):
-        return _ForwardKL.apply(student, student_head, teacher, teacher_head, temperature, chunk)
+        return _ForwardKL.apply(student, student_head, teacher, teacher_head, temperature, softcap, chunk)
 
 
 def normalised_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,53 @@
+"""Which format a student is exported in: a stock DeepSeek-V3 checkpoint where that can express it, else its own class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from transmla.errors import RecipeError
+from transmla.export.deepseek import blocking_feature, export_dimensions
+from transmla.recipe import Export
+
+DEEPSEEK = "deepseek_v3"
+
+
+@dataclass(frozen=True)
+class Format:
+    """name: the exported config.json's model type. reason: why it is not DeepSeek's, or None."""
+
+    name: str
+    reason: str | None = None
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers loads the checkpoint."""
+        return self.name == DEEPSEEK
+
+    def describe(self, section: Export) -> str:
+        """One line for a plan and a log."""
+        if self.stock:
+            return f"{self.name}, {section.layout} layout, {section.dtype}"
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.name}, the student's own class (import transmla to load it), {section.dtype}{why}"
+
+
+def choose_format(section: Export, student: PretrainedConfig) -> Format:
+    """Decide from configurations alone.
+
+    Raises:
+        RecipeError: `deepseek_v3` was asked for and cannot express the student.
+    """
+    if section.format == "student":
+        return Format(student.model_type)
+    reason = blocking_feature(student)
+    if reason is not None:
+        if section.format == DEEPSEEK:
+            raise RecipeError("export.format", f"a stock checkpoint cannot express this model: {reason}; use auto or student")
+        return Format(student.model_type, reason)
+    try:
+        export_dimensions(student, section.layout)
+    except ValueError as error:
+        raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
+    return Format(DEEPSEEK)

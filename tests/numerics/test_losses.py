@@ -7,23 +7,26 @@ from torch.nn import functional as F
 from transmla.recover.losses import forward_kl, normalised_error
 
 
-def reference(student, student_head, teacher, teacher_head, temperature):
+def reference(student, student_head, teacher, teacher_head, temperature, softcap=None):
     """Written out, whole logits, float64."""
-    log_s = F.log_softmax(student.double() @ student_head.double().T / temperature, -1)
-    log_t = F.log_softmax(teacher.double() @ teacher_head.double().T / temperature, -1)
+    logits_s, logits_t = student.double() @ student_head.double().T, teacher.double() @ teacher_head.double().T
+    if softcap is not None:
+        logits_s, logits_t = (softcap * torch.tanh(logits / softcap) for logits in (logits_s, logits_t))
+    log_s, log_t = F.log_softmax(logits_s / temperature, -1), F.log_softmax(logits_t / temperature, -1)
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_value_and_gradients(temperature: float, chunk: int) -> None:
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_value_and_gradients(temperature: float, chunk: int, softcap: float | None) -> None:
     student = torch.randn(50, 24, requires_grad=True)
     head = torch.randn(301, 24, requires_grad=True)
     teacher, teacher_head = torch.randn(50, 32), torch.randn(301, 32)
-    loss = forward_kl(student, head, teacher, teacher_head, temperature=temperature, chunk=chunk) / 50
+    loss = forward_kl(student, head, teacher, teacher_head, temperature=temperature, softcap=softcap, chunk=chunk) / 50
     loss.backward()
     exact_student, exact_head = student.detach().double().requires_grad_(), head.detach().double().requires_grad_()
-    exact = reference(exact_student, exact_head, teacher, teacher_head, temperature) / 50
+    exact = reference(exact_student, exact_head, teacher, teacher_head, temperature, softcap) / 50
     exact.backward()
     assert abs(loss.item() / exact.item() - 1) < 1e-6
     for got, want in ((student.grad, exact_student.grad), (head.grad, exact_head.grad)):

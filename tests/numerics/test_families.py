@@ -1,7 +1,10 @@
 """Every family: a student of full rank equals its source, with and without a cache."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,6 +17,7 @@ from transmla.families import FAMILIES, default_kernel, family_of
 from transmla.families.base import SourceAttention
 from transmla.geometry import derive_geometry
 from transmla.modeling.backends import eager_attention
+from transmla.sources import load_model
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
 LLAMA3 = {
@@ -269,3 +273,32 @@ def test_what_no_adapter_carries_is_refused() -> None:
         )
     with pytest.raises(RecipeError, match="no adapter for model type 'gpt2'"):
         family_of(tiny_config("gpt2"))
+
+
+def test_mimo_checkpoint_of_the_hub(tmp_path) -> None:
+    """Code named in config.json is not asked for, and weights of the prediction layers are passed over."""
+    source = tiny_model("mimo", num_nextn_predict_layers=1)
+    source.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.mtp_layers.0.input_proj.weight"] = torch.ones(64, 128)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["auto_map"] = {name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = load_model(tmp_path, torch.float32, "cpu")
+    assert loaded.config.num_nextn_predict_layers == 1 and "are dropped" in family_of(loaded.config).notice(loaded.config)
+    assert difference(loaded, source) == 0.0
+    student, _ = convert(loaded, kv_lora_rank=32)
+    assert not {"auto_map", "num_nextn_predict_layers"} & set(student.config.to_dict())
+
+
+@pytest.mark.parametrize("case", ["gemma2", "gemma3", "mistral, window", "qwen3"])
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(case: str) -> None:
+    """Two documents in one row, told apart by their positions, as recovery packs them."""
+    student, _ = convert(make_source(case))
+    first, second = TOKENS[:1, :17], TOKENS[1:2, :23]
+    positions = torch.cat((torch.arange(17), torch.arange(23)))[None]
+    packed = student(torch.cat((first, second), 1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat((student(first).logits, student(second).logits), 1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)

@@ -13,10 +13,12 @@ from transmla.convert.calibration import calibrate, capped_attention
 from transmla.convert.convert import convert_model, solve_model
 from transmla.convert.keynorm import fit_keys
 from transmla.errors import RecipeError
+from transmla.export.formats import choose_format
 from transmla.families import FAMILIES, default_kernel, family_of
-from transmla.families.base import SourceAttention
 from transmla.geometry import derive_geometry
 from transmla.modeling.backends import eager_attention
+from transmla.modeling.student import student_config
+from transmla.recipe import Export
 from transmla.sources import load_model
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
@@ -256,6 +258,21 @@ def test_fewer_channels_are_exact_where_the_source_does_not_use_the_others() -> 
         _drop_rotation(source, 8)
         student, _ = convert(source, qk_rope_head_dim=8, freqfold=2)
         assert difference(source, student) <= 1e-5
+
+
+def test_the_final_format_follows_from_the_configuration() -> None:
+    """A window that no position outruns is none; what DeepSeek cannot express is refused only when it was asked for."""
+
+    def chosen(fields: dict, wanted: str = "auto", family: str = "mistral") -> str:
+        config = tiny_config(family, groups=1, **fields)
+        student = student_config(config, derive_geometry(config, settings(**FULL)), family_of(config))
+        return choose_format(Export(format=wanted), student).name
+
+    assert chosen({"sliding_window": None}) == chosen({"sliding_window": 256}, "deepseek_v3") == "deepseek_v3"
+    assert chosen({"sliding_window": 255}) == chosen({"sliding_window": None}, "student") == "mla_mistral"
+    for family, fields in (("mistral", {"sliding_window": 255}), ("gemma2", {}), ("gemma3_text", {}), ("qwen3", {}), ("mixtral", {})):
+        with pytest.raises(RecipeError, match="a stock checkpoint cannot express"):
+            chosen(fields, "deepseek_v3", family)
 
 
 def test_what_no_adapter_carries_is_refused() -> None:

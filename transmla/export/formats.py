@@ -29,8 +29,8 @@ class Format:
         """One line for a plan and a log."""
         if self.stock:
             return f"{self.name}, {section.layout} layout, {section.dtype}"
-        why = f": {self.reason}" if self.reason else ""
-        return f"{self.name}, the student's own class (import transmla to load it), {section.dtype}{why}"
+        why = f", because {self.reason}" if self.reason else ""
+        return f"{self.name}, {section.dtype}: the student's own class, which `import transmla` loads{why}"
 
 
 def choose_format(section: Export, student: PretrainedConfig) -> Format:

@@ -56,6 +56,6 @@ def describe_key_errors(errors: list[float]) -> str:
     """One line on what linear keys lose. errors: 1 - R² by layer, the mean over key heads."""
     by_layer = ", ".join(f"{index}: {100 * error:.1f}" for index, error in enumerate(errors))
     return (
-        "keys pass a norm and become linear; share of their variance that no linear map explains, "
-        f"mean {100 * sum(errors) / len(errors):.1f} %, by layer in %: {by_layer}"
+        "keys pass a norm and become linear; share of their variance that no linear map explains "
+        f"on the calibration text, mean {100 * sum(errors) / len(errors):.1f} %, by layer in %: {by_layer}"
     )

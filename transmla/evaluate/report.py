@@ -73,7 +73,7 @@ def render(report: dict[str, Any]) -> str:
         errors = report["key_regression_error"]
         lines += [
             f"Keys pass a norm in the source and are linear in the student: {100 * sum(errors) / len(errors):.1f} % of "
-            f"their variance is not explained before recovery ({100 * min(errors):.1f} to {100 * max(errors):.1f} % by "
+            f"their variance on the calibration text is not explained before recovery ({100 * min(errors):.1f} to {100 * max(errors):.1f} % by "
             "layer).",
             "",
         ]

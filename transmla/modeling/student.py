@@ -47,6 +47,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         q_lora_rank=geometry.q_lora_rank,
         mla_qkv_bias=bool(family.qkv_bias(source)),
         mla_output_bias=bool(getattr(source, "attention_bias", False)),
+        mla_latent_norm=geometry.latent_norm,
         architectures=[family.student_model.__name__],
     )
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from transmla.artifacts import is_current, publishing, versions
 from transmla.data.sources import load_many
-from transmla.data.windows import token_windows
+from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.fingerprints import Fingerprints
@@ -120,8 +120,7 @@ class Pipeline:
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             settings = self.recipe.convert
-            text = settings.calibration
-            windows = self._windows(text.data, "convert.calibration", text.tokens, text.max_length)
+            windows = self._calibration_windows()
             groups = windows.split(settings.calibration.batch_size)
             student, statistics = convert_model(
                 self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
@@ -305,11 +304,13 @@ class Pipeline:
             window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
-    def _windows(self, names: list[str], key: str, tokens: int, length: int) -> Tensor:
-        try:
-            return token_windows(load_many(names, f"{key}.data"), self.tokenizer, tokens=tokens, length=length)
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(f"{key}.data", str(error)) from None
+    def _windows(self, names: list[str], key: str, tokens: int, length: int, seed: int | None = None) -> Tensor:
+        return named_windows(names, key, self.tokenizer, tokens=tokens, length=length, seed=seed)
+
+    def _calibration_windows(self) -> Tensor:
+        text = self.recipe.convert.calibration
+        seed = self.recipe.seed if text.sample == "random" else None
+        return self._windows(text.data, "convert.calibration", text.tokens, text.max_length, seed)
 
     def _save_student(self, student: PreTrainedModel, folder: Path) -> None:
         student.save_pretrained(folder)

@@ -9,6 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from transmla.export.deepseek import blocking_feature
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, student_config
@@ -120,8 +121,10 @@ def render_plan(
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
             f"about {memory:.1f} GiB a device"
         )
+    reason = blocking_feature(student_config(config, geometry, family_of(config)))
+    exported = f"deepseek_v3, {recipe.export.layout} layout, {recipe.export.dtype}"
     lines += [
-        f"export       deepseek_v3, {recipe.export.layout} layout, {recipe.export.dtype}",
+        f"export       {exported if reason is None else f'none: {reason}'}",
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         "",

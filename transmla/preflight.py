@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from transmla.data.sources import check_dataset
 from transmla.errors import RecipeError
-from transmla.export.deepseek import blocking_feature, export_dimensions
+from transmla.export.deepseek import blocking_dtype, blocking_feature, export_dimensions
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
@@ -33,8 +33,11 @@ class Prepared:
     output: Path
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     """Check a recipe against the source's configuration, the data files and the machine.
+
+    Args:
+        exports: whether a stock checkpoint is to be written, which not every source allows.
 
     Raises:
         RecipeError: the first thing that would fail later.
@@ -48,19 +51,28 @@ def prepare(recipe: Recipe) -> Prepared:
     config = source_config(recipe.model)
     family = family_of(config)
     geometry = derive_geometry(config, recipe.convert)
-    student = student_config(config, geometry, family)
-    if (reason := blocking_feature(student)) is not None:
-        raise RecipeError("export", f"{reason}; a stock checkpoint cannot express this source")
-    try:
-        export_dimensions(student, recipe.export.layout)
-    except ValueError as error:
-        raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
+    if dtype == torch.float16 and recipe.recover:
+        raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
+    if exports:
+        _check_export(recipe, student_config(config, geometry, family), dtype)
     _check_data(recipe, config)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
         missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - _already(output)
         require_disk(output, max(missing, 0))
     return Prepared(recipe, config, geometry, device, dtype, output)
+
+
+def _check_export(recipe: Recipe, student: PretrainedConfig, dtype: torch.dtype) -> None:
+    if (reason := blocking_feature(student)) is not None:
+        raise RecipeError("export", f"{reason}; a stock checkpoint cannot express this source")
+    wanted = recipe.export.dtype
+    if (reason := blocking_dtype(student, dtype if wanted == "auto" else getattr(torch, wanted))) is not None:
+        raise RecipeError("dtype" if wanted == "auto" else "export.dtype", reason)
+    try:
+        export_dimensions(student, recipe.export.layout)
+    except ValueError as error:
+        raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
 
 
 def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:

@@ -1,0 +1,143 @@
+"""A conversion alone, measured: what `transmla/converter.py` and `transmla zoo` run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from transmla.artifacts import RECORD, fingerprint, read_record
+from transmla.errors import RecipeError
+from transmla.evaluate.conversion import Converted, convert_and_compare
+from transmla.pipeline import Pipeline
+from transmla.preflight import Prepared
+
+FORMAT = 1  # raise it when the same settings would give another result than before
+
+
+def require_free(folder: Path) -> None:
+    """Refuse to write over files that are no earlier conversion.
+
+    Raises:
+        RecipeError: `folder` holds other files, or is one.
+    """
+    there = folder.exists()
+    if there and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / RECORD).is_file())):
+        raise RecipeError("output_dir", f"{folder} is there and is no converted model; name another directory")
+
+
+class ConvertRun(Pipeline):
+    """Convert the source of a recipe and compare original, partial-RoPE and MLA model on the recipe's first dataset."""
+
+    def __init__(self, prepared: Prepared, *, search: bool = False) -> None:
+        """search: whether a freqfold of `auto` is searched on calibration text."""
+        super().__init__(prepared)
+        self.search = search
+
+    def _digest(self, **more: Any) -> str:
+        inputs = {"convert": self.digests.convert, "windows": self.digests.evaluation("teacher"), "search": self.search}
+        return fingerprint({"format": FORMAT, **inputs, **more})
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """Windows of calibration text, [n, L]."""
+        return self._calibration_windows()
+
+    def _convert(self, measure: bool, record: dict[str, Any]) -> Converted:
+        """The conversion; what it found goes into the record."""
+        section = self.recipe.evaluate
+        windows = None
+        if measure:
+            windows = self._windows(section.data[:1], "evaluate", section.tokens, section.max_length)
+        done = convert_and_compare(
+            self.teacher,
+            self.recipe.convert,
+            self.calibration,
+            windows=windows,
+            batch_size=section.batch_size,
+            search=self.search,
+        )
+        record["tokens"] = self.calibration.numel()
+        record["dataset"] = section.data[0]
+        record["conversion"] = done.describe()
+        return done
+
+    def save(self, folder: Path, *, stock: bool, measure: bool) -> str:
+        """Write the student, or with `stock` the DeepSeek-V3 checkpoint, to `folder`; return the table of results.
+
+        The same settings again change nothing: the table comes from the record.
+        """
+
+        def build(scratch: Path, record: dict[str, Any]) -> None:
+            done = self._convert(measure, record)
+            if stock:
+                self._save_stock(done, scratch, record)
+            else:
+                self._save_student(done.student, scratch)
+
+        folder = folder.resolve()  # the temporary folder lies beside it
+        export = self.recipe.export.model_dump(mode="json") if stock else None
+        self._make(folder, self._digest(export=export, measure=measure), "convert", build)
+        record = read_record(folder)
+        assert record is not None, "it was just made, or is current"
+        return render(record, folder)
+
+    def _save_stock(self, done: Converted, scratch: Path, record: dict[str, Any]) -> None:
+        from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities, write_checkpoint
+
+        section = self.recipe.export
+        write_checkpoint(done.student, self.tokenizer, section, self._export_dtype(), scratch)
+        tokens = self.calibration[:1, : section.verify.tokens]
+        expected = log_probabilities(done.student.float().cpu(), tokens)
+        tolerance = section.verify.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
+        record["max_abs_logprob_diff"] = check_reload(scratch, tokens, expected, tolerance)
+
+    def compare(self) -> dict[str, Any]:
+        """The record of the conversion and its comparison; the student is kept as the recipe's `converted`."""
+
+        def build(scratch: Path, record: dict[str, Any]) -> None:
+            done = self._convert(True, record)
+
+            def keep(folder: Path, kept: dict[str, Any]) -> None:
+                kept["tokens"] = record["tokens"]
+                self._save_student(done.student, folder)
+                scales = [layer.output_mean_square for layer in done.statistics]
+                save_file(
+                    {"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / "statistics.safetensors"
+                )
+
+            self._make(self.out / "converted", self.digests.convert, "save", keep)
+
+        self._make(self.out / "comparison", self._digest(), self.recipe.name, build)
+        record = read_record(self.out / "comparison")
+        assert record is not None, "it was just made, or is current"
+        return record
+
+
+NAMES = {"original": "original", "partial_rope": "partial RoPE", "mla": "MLA"}
+
+
+def render(record: dict[str, Any], folder: Path) -> str:
+    """The table that the converter prints."""
+    found = record["conversion"]
+    lines = [""]
+    for name, quality in found["quality"].items():
+        lines.append(
+            f"{NAMES[name]:13} perplexity {quality['perplexity']:10.4f}   KL to the original {quality['kl']:.4f}   "
+            f"top-1 {100 * quality['top1']:5.1f} %"
+        )
+    if found["quality"]:
+        tokens = found["quality"]["original"]["tokens"]
+        lines.append(f"{'':13} {tokens:,} predicted tokens of {record['dataset']}, the same for all three")
+    else:
+        lines.append("no perplexity was measured; --ppl-eval-batch-size 1 or more does")
+    lines += [
+        f"cache         {found['cached_values_source']} -> {found['cached_values_student']} values a token and layer "
+        f"({found['saving_percent']} % less), freqfold {found['freqfold']}, collapse {found['collapse']}",
+        f"saved         {folder} ({record['seconds']} s, at most {record['peak_memory_bytes'] / 2**30:.2f} GiB)",
+    ]
+    return "\n".join(lines)

@@ -212,20 +212,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_arguments(text: str) -> str:
     """A message about a recipe in the words of the command."""
+    text = text.replace(", or give the architecture as model.config", "")  # a recipe can, the command cannot
     for key in sorted(ARGUMENTS, key=len, reverse=True):
         if "." in key:
             text = text.replace(key, ARGUMENTS[key])
     return re.sub(r"\bqk_rope_head_dim\b", "--qk-mqa-dim", text)
 
 
+def _choose_device(index: int) -> None:
+    """Make one CUDA device the only one, before CUDA looks."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(index + 1)] if visible is None else [name for name in visible.split(",") if name]
+    if index >= len(names):
+        raise RecipeError("--device", f"cuda:{index} is not among the {len(names)} visible devices; name another")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[index]
+
+
 def _run(args: argparse.Namespace) -> None:
-    if args.device.startswith("cuda:"):  # before CUDA looks: from then on it is the only device
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        index = int(args.device.removeprefix("cuda:"))
-        names = visible.split(",") if visible else [str(number) for number in range(index + 1)]
-        if index >= len(names):
-            raise RecipeError("--device", f"{args.device} is not among the {len(names)} visible devices")
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[index]
+    if args.device.startswith("cuda:"):
+        _choose_device(int(args.device.removeprefix("cuda:")))
 
     from transmla.cli import quiet
     from transmla.convert_run import ConvertRun, require_free

@@ -66,6 +66,7 @@ def test_what_the_arguments_mean() -> None:
     own = recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl", "--cal-tokens", "999"]))
     assert own["convert"]["calibration"]["data"] == ["my.jsonl#train"] and own["evaluate"]["data"] == ["my.jsonl#test"]
     assert own["convert"]["calibration"]["tokens"] == 999
+    assert recipe_tree(parser().parse_args(["--model-path", "smollm2_135m"]))["model"]["source"].startswith("pypi:")
     assert method_keys("default", None) == {}
     assert method_keys("transmla", None)["kv_balance"] == 1.0
     assert method_keys("transmla", 2.0)["kv_balance"] == 4.0  # a ratio of norms is squared in energies
@@ -137,6 +138,15 @@ def test_run_as_a_module(model: str, monkeypatch, capsys) -> None:
         runpy.run_module("transmla.converter", run_name="__main__")
     assert stopped.value.code == 0 and "64 -> 32 values" in capsys.readouterr().out
     assert sys.path == before
+
+
+def test_a_numbered_device(model: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert main(["--model-path", model, *SMALL, "--device", "cuda:2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device: cuda:2 is not among the 2 visible devices")
+    assert main(["--model-path", model, *SMALL, "--device", "cuda:1"]) == 2  # there is no CUDA here
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 # (arguments, the argument that must be named, a word of the reason or the fix)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from transmla.artifacts import RECORD, fingerprint, read_record
+from transmla.artifacts import RECORD, fingerprint, publishing, read_record, versions
 from transmla.errors import RecipeError
 from transmla.evaluate.conversion import Converted, convert_and_compare
+from transmla.hardware import peak_memory
 from transmla.pipeline import Pipeline
 from transmla.preflight import Prepared
 
@@ -34,8 +34,14 @@ class ConvertRun(Pipeline):
     """Convert the source of a recipe and compare original, partial-RoPE and MLA model on the recipe's first dataset."""
 
     def __init__(self, prepared: Prepared, *, search: bool = False) -> None:
-        """search: whether a freqfold of `auto` is searched on calibration text."""
+        """search: whether a freqfold of `auto` is searched on calibration text.
+
+        Raises:
+            RecipeError: there are several processes.
+        """
         super().__init__(prepared)
+        if self.state.num_processes > 1:
+            raise RecipeError("device", "a conversion runs in one process; start it without accelerate launch")
         self.search = search
 
     def _digest(self, **more: Any) -> str:
@@ -87,30 +93,26 @@ class ConvertRun(Pipeline):
         return render(record, folder)
 
     def _save_stock(self, done: Converted, scratch: Path, record: dict[str, Any]) -> None:
-        from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities, write_checkpoint
+        from transmla.export.publish import verify_export, write_checkpoint
 
-        section = self.recipe.export
-        write_checkpoint(done.student, self.tokenizer, section, self._export_dtype(), scratch)
+        section, dtype = self.recipe.export, self._export_dtype()
+        write_checkpoint(done.student, self.tokenizer, section, dtype, scratch)
         tokens = self.calibration[:1, : section.verify.tokens]
-        expected = log_probabilities(done.student.float().cpu(), tokens)
-        tolerance = section.verify.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
-        record["max_abs_logprob_diff"] = check_reload(scratch, tokens, expected, tolerance)
+        student = done.student.float().cpu()
+        record["max_abs_logprob_diff"] = verify_export(scratch, student, tokens, section.verify, dtype)
 
     def compare(self) -> dict[str, Any]:
         """The record of the conversion and its comparison; the student is kept as the recipe's `converted`."""
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
+            started = time.monotonic()
             done = self._convert(True, record)
-
-            def keep(folder: Path, kept: dict[str, Any]) -> None:
-                kept["tokens"] = record["tokens"]
-                self._save_student(done.student, folder)
-                scales = [layer.output_mean_square for layer in done.statistics]
-                save_file(
-                    {"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / "statistics.safetensors"
-                )
-
-            self._make(self.out / "converted", self.digests.convert, "save", keep)
+            kept = {"name": "convert", "fingerprint": self.digests.convert, "versions": versions()}
+            kept |= {"tokens": record["tokens"], "seconds": round(time.monotonic() - started, 1)}
+            kept["peak_memory_bytes"] = peak_memory(self.prepared.device)
+            with publishing(self.out / "converted", kept) as folder:
+                self._save_recipe(folder)
+                self._save_converted(done.student, [layer.output_mean_square for layer in done.statistics], folder)
 
         self._make(self.out / "comparison", self._digest(), self.recipe.name, build)
         record = read_record(self.out / "comparison")

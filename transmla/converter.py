@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments; names and defaults of the published tool, and a few more."""
     out = _Parser(prog="transmla/converter.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
     add = out.add_argument
-    add("--model-path", default="meta-llama/Llama-2-7b-hf", help="hub id, directory, .gguf file, or a name below recipes/model")
+    add("--model-path", default="meta-llama/Llama-2-7b-hf", help="hub id, directory, .gguf file, or name in recipes/model")
     add("--save-path", default="outputs", help="directory for the model and its tokenizer; must not hold other files")
     add("--dtype", choices=list(DTYPES), default="bf16", help="number format of the weights (default: bf16)")
     add("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
@@ -222,7 +222,8 @@ def _in_arguments(text: str) -> str:
 def _choose_device(index: int) -> None:
     """Make one CUDA device the only one, before CUDA looks."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(number) for number in range(index + 1)] if visible is None else [name for name in visible.split(",") if name]
+    every = [str(number) for number in range(index + 1)]
+    names = every if visible is None else [name for name in visible.split(",") if name]
     if index >= len(names):
         raise RecipeError("--device", f"cuda:{index} is not among the {len(names)} visible devices; name another")
     os.environ["CUDA_VISIBLE_DEVICES"] = names[index]

@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
-from omegaconf import OmegaConf
+from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,11 +25,12 @@ from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
+from transmla.maker import Maker
 from transmla.preflight import Prepared
 from transmla.sources import check_facts, fetch, load_model
 
 
-class Pipeline:
+class Pipeline(Maker):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -76,37 +75,6 @@ class Pipeline:
         last = index == len(self.recipe.recover) - 1
         return self.out / "recovered" if last else self.out / "stages" / f"{index}_{self.recipe.recover[index].kind}"
 
-    def say(self, text: str) -> None:
-        self.state.print(text, flush=True)
-
-    def _make(self, folder: Path, digest: str, label: str, build: Callable[[Path, dict[str, Any]], None]) -> bool:
-        """Make an artifact on the first process unless it is current; returns whether it was made."""
-        if self._is_current(folder, digest):
-            self.say(f"[{label}] unchanged, skipped")
-            return False
-        self.say(f"[{label}] ...")
-        if self.state.is_main_process:
-            started = time.monotonic()
-            reset_peak_memory(self.prepared.device)
-            record: dict[str, Any] = {"name": label, "fingerprint": digest, "versions": versions()}
-            with publishing(folder, record) as scratch:
-                self._save_recipe(scratch)
-                build(scratch, record)
-                record["seconds"] = round(time.monotonic() - started, 1)
-                record["peak_memory_bytes"] = peak_memory(self.prepared.device)
-            self.say(f"[{label}] {record['seconds']} s")
-        self.state.wait_for_everyone()
-        return True
-
-    def _is_current(self, folder: Path, digest: str) -> bool:
-        """Whether an artifact is there and current. The first process looks, so that all processes do the same."""
-        answer = [is_current(folder, digest)]
-        broadcast_object_list(answer)
-        return answer[0]
-
-    def _save_recipe(self, folder: Path) -> None:
-        OmegaConf.save(OmegaConf.create(self.recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
-
     def run(self) -> None:
         """Everything: convert, recover, export with verification, evaluate, report."""
         self.convert()
@@ -126,9 +94,7 @@ class Pipeline:
                 self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
             )
             record["tokens"] = windows.numel()
-            self._save_student(student, scratch)
-            scales = torch.tensor([layer.output_mean_square for layer in statistics], dtype=torch.float64)
-            save_file({"output_mean_square": scales}, scratch / "statistics.safetensors")
+            self._save_converted(student, [layer.output_mean_square for layer in statistics], scratch)
 
         self._make(self.out / "converted", self.digests.convert, "convert", build)
 
@@ -232,14 +198,13 @@ class Pipeline:
 
     def _check_reload(self, folder: Path) -> float:
         """Compare stock transformers in a fresh process with the student; both multiply in float32."""
-        from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities
+        from transmla.export.publish import verify_export
 
         section = self.recipe.export.verify
         length = min(section.tokens, self.recipe.evaluate.max_length)
         tokens = self._windows(self.recipe.evaluate.data[:1], "evaluate", section.tokens, length)
-        expected = log_probabilities(load_model(self.student_folder, torch.float32, "cpu"), tokens)
-        tolerance = section.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
-        return check_reload(folder, tokens, expected, tolerance)
+        student = load_model(self.student_folder, torch.float32, "cpu")
+        return verify_export(folder, student, tokens, section, self._export_dtype())
 
     def evaluate(self) -> None:
         """Quality of every model that is there, then the report."""
@@ -315,6 +280,11 @@ class Pipeline:
     def _save_student(self, student: PreTrainedModel, folder: Path) -> None:
         student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def _save_converted(self, student: PreTrainedModel, scales: list[float], folder: Path) -> None:
+        """The student, and E|o|² of every source attention, by which layerwise errors are divided."""
+        self._save_student(student, folder)
+        save_file({"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / "statistics.safetensors")
 
     def _scales(self) -> list[float]:
         return load_file(self.out / "converted" / "statistics.safetensors")["output_mean_square"].tolist()

@@ -150,7 +150,7 @@ def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Data
     if definition.cut is None:
         return data
     if len(data) < 2:
-        raise RecipeError(key, f"{name} has {len(data)} row, which cannot be cut into text to calibrate on and text to test on")
+        raise RecipeError(key, f"{name} has {len(data)} row, which cannot be cut into two parts; give a file of several")
     border = min(max(1, len(data) * 9 // 10), len(data) - 1)
     return data.select(range(border)) if definition.cut == "train" else data.select(range(border, len(data)))
 

@@ -181,7 +181,8 @@ def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> d
     for index, weights in attention.items():
         if config.mla_qkv_bias:
             writer = student.model.layers[index].self_attn.o_proj.weight.detach().cpu()
-            out[f"model.layers.{index}.self_attn.o_proj.bias"] = (alpha * _output_bias(weights, writer, config, own)).to(dtype)
+            bias = alpha * _output_bias(weights, writer, config, own)
+            out[f"model.layers.{index}.self_attn.o_proj.bias"] = bias.to(dtype)
         for name, value in _attention_state(weights, config, own, to).items():
             out[f"model.layers.{index}.self_attn.{name}"] = value.to(dtype)
     return {name: value.contiguous().clone() for name, value in out.items()}

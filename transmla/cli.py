@@ -15,15 +15,19 @@ VERBS = {
     "export": "only export the recovered student, with verification",
     "verify": "check an existing export again in a fresh process",
     "evaluate": "evaluate whatever models are there and write the report",
+    "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
 }
-USAGE = "usage: transmla VERB recipe=NAME [key.sub=value ...]\n" + "\n".join(f"  {v:9} {t}" for v, t in VERBS.items())
+EXPORTING = ("recover", "export", "verify")  # verbs that end in a stock checkpoint
+USAGE = "usage: transmla VERB recipe=NAME [key.sub=value ...]\n       transmla zoo [recipe=NAME ...] [key.sub=value ...]\n"
+USAGE += "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 2 for a user's mistake, printed as one line that names the recipe key and the fix.
+        0; 1 where a recipe of the zoo failed; 2 for a user's mistake, printed as one line that names the recipe key and
+        the fix.
     """
     verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help") or "-h" in words or "--help" in words:
@@ -43,35 +47,25 @@ def _run(verb: str, words: list[str]) -> int:
     from transmla.compose import load_recipe
 
     names = [word.removeprefix("recipe=") for word in words if word.startswith("recipe=")]
+    if verb == "zoo":
+        return _zoo(names, [word for word in words if not word.startswith("recipe=")])
     if len(names) != 1:
-        from transmla.compose import recipe_names
+        from transmla.compose import listed_names
 
-        raise RecipeError("recipe", f"name one recipe, recipe=NAME; there are: {', '.join(recipe_names())}")
+        raise RecipeError("recipe", f"name one recipe, recipe=NAME; there are: {listed_names()}")
     recipe = load_recipe(names[0], [word for word in words if not word.startswith("recipe=")])
 
     from transmla.preflight import prepare
 
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, exports=verb in EXPORTING)
     if recipe.dry_run:
         from transmla.plan import render_plan
 
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == 0:
-            print(
-                render_plan(
-                    recipe,
-                    prepared.config,
-                    prepared.geometry,
-                    device=prepared.device,
-                    dtype=prepared.dtype,
-                    processes=processes,
-                    output=prepared.output,
-                    export=prepared.export.describe(recipe.export),
-                    notice=prepared.notice,
-                )
-            )
+            print(render_plan(prepared, processes=processes))
         return 0
-    _quiet()
+    quiet()
     from transmla.pipeline import Pipeline
 
     pipeline = Pipeline(prepared)
@@ -79,7 +73,19 @@ def _run(verb: str, words: list[str]) -> int:
     return 0
 
 
-def _quiet() -> None:
+def _zoo(names: list[str], overrides: list[str]) -> int:
+    if overrides == ["--list"]:
+        from transmla.compose import ZOO, recipe_names
+
+        print("\n".join(name for name in recipe_names() if name.startswith(f"{ZOO}/")))
+        return 0
+    quiet()
+    from transmla.zoo import run_zoo
+
+    return run_zoo(names, overrides)
+
+
+def quiet() -> None:
     """Silence other libraries' notes that a user of this program can do nothing about."""
     import transformers
     import datasets

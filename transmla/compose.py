@@ -24,9 +24,21 @@ def share(folder: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
+ZOO = "zoo"  # the folder of recipes that convert a published model and do nothing else
+
+
 def recipe_names() -> list[str]:
-    """Names of all shipped recipes, sorted (groups and `_base` are no recipes)."""
-    return sorted(path.stem for path in share("recipes").glob("*.yaml") if not path.stem.startswith("_"))
+    """Names of all shipped recipes, sorted, then those of the model zoo, `zoo/NAME` (`model/` and `_base` are none)."""
+    found = [sorted(share("recipes").glob(pattern)) for pattern in ("*.yaml", f"{ZOO}/*.yaml")]
+    paths = [path.relative_to(share("recipes")) for part in found for path in part if not path.stem.startswith("_")]
+    return [path.as_posix().removesuffix(".yaml") for path in paths]
+
+
+def listed_names() -> str:
+    """The recipes in one line; of the zoo only how many there are."""
+    names = recipe_names()
+    zoo = [name for name in names if name.startswith(f"{ZOO}/")]
+    return ", ".join(name for name in names if name not in zoo) + f", and {len(zoo)} below {ZOO}/ (transmla {ZOO} --list)"
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -40,7 +52,7 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, broken YAML.
     """
-    groups = {path.name for path in share("recipes").iterdir() if path.is_dir()}
+    groups = {path.name for path in share("recipes").iterdir() if path.is_dir()} - {ZOO}
     chosen, assigned = [], []
     for override in overrides:
         key, sign, value = override.partition("=")
@@ -69,9 +81,11 @@ def _compose(recipe: str, overrides: list[str]) -> DictConfig:
             raise RecipeError("recipe", f"no such file: {recipe}; give a path to a YAML file or a shipped name")
         folder, name = path.resolve().parent, path.stem
     elif recipe not in recipe_names():
-        close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        known = recipe_names()
+        same = [name for name in known if name.rpartition("/")[2] == recipe]  # zoo/ was left out
+        close = same or difflib.get_close_matches(recipe, known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise RecipeError("recipe", f"unknown recipe {recipe!r}{hint}; there are: {', '.join(recipe_names())}")
+        raise RecipeError("recipe", f"unknown recipe {recipe!r}{hint}; there are: {listed_names()}")
     GlobalHydra.instance().clear()
     search = [] if folder == shipped else [f"hydra.searchpath=[file://{shipped}]"]
     try:

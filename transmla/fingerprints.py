@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from transmla.artifacts import fingerprint
-from transmla.data.sources import find_definition, local_files
+from transmla.data.definition import find_definition
+from transmla.data.sources import local_files
 from transmla.preflight import Prepared
 from transmla.sources import identity
 

@@ -31,6 +31,7 @@ class MLAGeometry:
     q_lora_rank: int | None
     freqfold: int
     collapse: int
+    latent_norm: bool = False  # RMSNorm on the latents
 
     @property
     def source_cache(self) -> int:
@@ -99,7 +100,7 @@ def derive_geometry(config: PretrainedConfig, convert: Convert) -> MLAGeometry:
         raise RecipeError(
             "convert.freqfold", f"{freqfold} does not divide the {pairs} frequencies of a head; use a divisor"
         )
-    full = min(2 * groups * head_dim, hidden)
+    full = full_rank(config)
     if convert.kv_lora_rank > full:
         raise RecipeError(
             "convert.kv_lora_rank",
@@ -124,7 +125,14 @@ def derive_geometry(config: PretrainedConfig, convert: Convert) -> MLAGeometry:
         q_lora_rank=convert.q_lora_rank,
         freqfold=freqfold,
         collapse=collapse,
+        latent_norm=convert.latent_norm,
     )
+
+
+def full_rank(config: PretrainedConfig) -> int:
+    """The rank of a source's keys and values together, min(2·G·d, D): a latent of that rank loses nothing."""
+    groups = config.num_key_value_heads or config.num_attention_heads
+    return min(2 * groups * head_dimension(config), config.hidden_size)
 
 
 def default_freqfold(pairs: int, collapse: int) -> int:

@@ -6,7 +6,6 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -14,24 +13,24 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
-from omegaconf import OmegaConf
+from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.artifacts import is_current, publishing, versions
 from transmla.data.sources import load_many
-from transmla.data.windows import token_windows
+from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
+from transmla.maker import Maker
 from transmla.preflight import Prepared
 from transmla.sources import check_facts, fetch, load_model
 
 
-class Pipeline:
+class Pipeline(Maker):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -76,37 +75,6 @@ class Pipeline:
         last = index == len(self.recipe.recover) - 1
         return self.out / "recovered" if last else self.out / "stages" / f"{index}_{self.recipe.recover[index].kind}"
 
-    def say(self, text: str) -> None:
-        self.state.print(text, flush=True)
-
-    def _make(self, folder: Path, digest: str, label: str, build: Callable[[Path, dict[str, Any]], None]) -> bool:
-        """Make an artifact on the first process unless it is current; returns whether it was made."""
-        if self._is_current(folder, digest):
-            self.say(f"[{label}] unchanged, skipped")
-            return False
-        self.say(f"[{label}] ...")
-        if self.state.is_main_process:
-            started = time.monotonic()
-            reset_peak_memory(self.prepared.device)
-            record: dict[str, Any] = {"name": label, "fingerprint": digest, "versions": versions()}
-            with publishing(folder, record) as scratch:
-                self._save_recipe(scratch)
-                build(scratch, record)
-                record["seconds"] = round(time.monotonic() - started, 1)
-                record["peak_memory_bytes"] = peak_memory(self.prepared.device)
-            self.say(f"[{label}] {record['seconds']} s")
-        self.state.wait_for_everyone()
-        return True
-
-    def _is_current(self, folder: Path, digest: str) -> bool:
-        """Whether an artifact is there and current. The first process looks, so that all processes do the same."""
-        answer = [is_current(folder, digest)]
-        broadcast_object_list(answer)
-        return answer[0]
-
-    def _save_recipe(self, folder: Path) -> None:
-        OmegaConf.save(OmegaConf.create(self.recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
-
     def run(self) -> None:
         """Everything: convert, recover, export with verification, evaluate, report."""
         self.convert()
@@ -124,8 +92,7 @@ class Pipeline:
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             settings = self.recipe.convert
-            text = settings.calibration
-            windows = self._windows(text.data, "convert.calibration", text.tokens, text.max_length)
+            windows = self._calibration_windows()
             groups = windows.split(settings.calibration.batch_size)
             student, statistics = convert_model(
                 self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
@@ -134,9 +101,7 @@ class Pipeline:
             if statistics[0].key_error is not None:
                 record["key_regression_error"] = [float(layer.key_error.mean()) for layer in statistics]
                 self.say(f"[convert] {describe_key_errors(record['key_regression_error'])}")
-            self._save_student(student, scratch)
-            scales = torch.tensor([layer.output_mean_square for layer in statistics], dtype=torch.float64)
-            save_file({"output_mean_square": scales}, scratch / "statistics.safetensors")
+            self._save_converted(student, [layer.output_mean_square for layer in statistics], scratch)
 
         self._make(self.out / "converted", self.digests.convert, "convert", build)
 
@@ -244,14 +209,13 @@ class Pipeline:
 
     def _check_reload(self, folder: Path) -> float:
         """Compare the checkpoint in a fresh process with the student; both multiply in float32."""
-        from transmla.export.publish import DEFAULT_TOLERANCE, check_reload, log_probabilities
+        from transmla.export.publish import verify_export
 
         section = self.recipe.export.verify
         length = min(section.tokens, self.recipe.evaluate.max_length)
         tokens = self._windows(self.recipe.evaluate.data[:1], "evaluate", section.tokens, length)
-        expected = log_probabilities(load_model(self.student_folder, torch.float32, "cpu"), tokens)
-        tolerance = section.tolerance or DEFAULT_TOLERANCE[self._export_dtype()]
-        return check_reload(folder, tokens, expected, tolerance, stock=self.prepared.export.stock)
+        student = load_model(self.student_folder, torch.float32, "cpu")
+        return verify_export(folder, student, tokens, section, self._export_dtype(), stock=self.prepared.export.stock)
 
     def evaluate(self) -> None:
         """Quality of every model that is there, then the report."""
@@ -316,15 +280,22 @@ class Pipeline:
             window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
-    def _windows(self, names: list[str], key: str, tokens: int, length: int) -> Tensor:
-        try:
-            return token_windows(load_many(names, f"{key}.data"), self.tokenizer, tokens=tokens, length=length)
-        except ValueError as error:
-            raise error if isinstance(error, RecipeError) else RecipeError(f"{key}.data", str(error)) from None
+    def _windows(self, names: list[str], key: str, tokens: int, length: int, seed: int | None = None) -> Tensor:
+        return named_windows(names, key, self.tokenizer, tokens=tokens, length=length, seed=seed)
+
+    def _calibration_windows(self) -> Tensor:
+        text = self.recipe.convert.calibration
+        seed = self.recipe.seed if text.sample == "random" else None
+        return self._windows(text.data, "convert.calibration", text.tokens, text.max_length, seed)
 
     def _save_student(self, student: PreTrainedModel, folder: Path) -> None:
         student.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def _save_converted(self, student: PreTrainedModel, scales: list[float], folder: Path) -> None:
+        """The student, and E|o|² of every source attention, by which layerwise errors are divided."""
+        self._save_student(student, folder)
+        save_file({"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / "statistics.safetensors")
 
     def _scales(self) -> list[float]:
         return load_file(self.out / "converted" / "statistics.safetensors")["output_mean_square"].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import init_empty_weights
@@ -13,6 +13,9 @@ from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, student_config
 from transmla.recipe import AnyStage, Recipe
+
+if TYPE_CHECKING:
+    from transmla.preflight import Prepared
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,9 @@ def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype:
     return models + exported + states + checkpoints
 
 
-def render_plan(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    geometry: MLAGeometry,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    processes: int,
-    output: Path,
-    export: str,
-    notice: str | None,
-) -> str:
-    """The text that `dry_run=true` prints. export: one line on the exported format. notice: what else to know, or None."""
+def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
+    """The text that `dry_run=true` prints."""
+    recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
     sizes = count_parameters(config, geometry)
     g = geometry
     query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
@@ -109,8 +102,8 @@ def render_plan(
         f"{g.v_head_dim}, query {query}, freqfold {g.freqfold}, collapse {g.collapse}",
         f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
-        f"hardware     {processes} x {device}, {str(dtype).removeprefix('torch.')}",
-        *([f"note         {notice}"] if notice else []),
+        f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
+        *([f"note         {prepared.notice}"] if prepared.notice else []),
         "",
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(recipe.convert.calibration.data)}",
@@ -124,11 +117,11 @@ def render_plan(
             f"about {memory:.1f} GiB a device"
         )
     lines += [
-        f"export       {export}",
+        f"export       {prepared.export.describe(recipe.export)}",
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         "",
-        f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {output}",
-        *(f"writes       {output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),
+        f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {prepared.output}",
+        *(f"writes       {prepared.output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),
     ]
     return "\n".join(lines)

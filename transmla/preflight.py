@@ -35,8 +35,11 @@ class Prepared:
     notice: str | None  # what the user should know about the conversion
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     """Check a recipe against the source's configuration, the data files and the machine.
+
+    Args:
+        exports: whether a final checkpoint is to be written.
 
     Raises:
         RecipeError: the first thing that would fail later.
@@ -50,10 +53,12 @@ def prepare(recipe: Recipe) -> Prepared:
     config = source_config(recipe.model)
     family = family_of(config)
     geometry = derive_geometry(config, recipe.convert)
+    if dtype == torch.float16 and recipe.recover:
+        raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
     student = student_config(config, geometry, family)
     if family.head_norms is not None and recipe.convert.q_lora_rank is not None:
         raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
-    export = choose_format(recipe.export, student)
+    export = choose_format(recipe.export, student, dtype) if exports else Format(student.model_type)
     _check_data(recipe, config)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:

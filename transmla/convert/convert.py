@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate
 from transmla.convert.keynorm import fit_keys, with_linear_keys
+from transmla.convert.latent_norm import norm_weights
 from transmla.convert.solve import solve_attention
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
@@ -58,6 +59,8 @@ def solve_model(
             weights = with_linear_keys(weights, fit)
         frequencies = family.frequencies(source, index).double()
         solved = solve_attention(weights, statistics[index], frequencies, geometry, settings)
+        if geometry.latent_norm:
+            solved |= norm_weights(solved, statistics[index].augmented(), geometry.kv_lora_rank)
         for name, value in solved.items():
             if name.endswith(".bias") and not _has_bias(config, name):
                 assert not value.any(), f"layer {index}: {name} is not zero, yet the student has no such bias"

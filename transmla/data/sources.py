@@ -1,81 +1,18 @@
-"""Datasets by definition file: a hub id or local files, columns, template, licence. See `data/*.yaml`."""
+"""Load and check datasets that a definition names (transmla.data.definition): from the hub or from files."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
-from typing import Literal
+from typing import Any
 
-import yaml
 from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
-from pydantic import ValidationError, model_validator
 
-from transmla.compose import share
+from transmla.data.definition import FORMATS, DataDefinition, find_definition
 from transmla.errors import RecipeError
-from transmla.recipe import Section
-
-FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-# What trl's trainers know: language modeling, conversations, prompt with completion.
-ROLES = ({"text"}, {"messages"}, {"prompt", "completion"})
-
-
-class DataDefinition(Section):
-    """One dataset.
-
-    hub or path: where it is; a relative path is relative to the definition file. `path` may be a glob.
-    columns: which of the file's columns is `text`, `messages`, or `prompt` and `completion`.
-    template: a Python format string over the file's columns that makes `text`, instead of columns.
-    separator: for `.txt` files, what stands between two documents.
-    """
-
-    hub: str | None = None
-    path: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    columns: dict[Literal["text", "messages", "prompt", "completion"], str] = {}
-    template: str | None = None
-    separator: str | None = None
-    licence: str = "unknown"
-    about: str = ""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> DataDefinition:
-        if (self.hub is None) == (self.path is None):
-            raise ValueError("give exactly one of hub and path")
-        if self.template is None and set(self.columns) not in ROLES:
-            raise ValueError("columns must name text, or messages, or prompt and completion (or give a template)")
-        return self
-
-
-def find_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
-    """The definition called `name` and the folder its paths are relative to.
-
-    Args:
-        name: a shipped definition, or the path of a `.yaml` definition, or of a `.jsonl`, `.parquet` or `.txt` file
-            with a `text` column.
-        key: recipe key, for errors.
-    """
-    path = Path(name)
-    if path.suffix in FORMATS:
-        return DataDefinition(path=str(path.resolve()), columns={"text": "text"}), Path.cwd()
-    file = path if path.suffix in (".yaml", ".yml") else share("data") / f"{name}.yaml"
-    if not file.is_file():
-        known = sorted(item.stem for item in share("data").glob("*.yaml"))
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else f"; there are: {', '.join(known)}"
-        raise RecipeError(key, f"no dataset {name!r}{hint}")
-    try:
-        return DataDefinition.model_validate(yaml.safe_load(file.read_text()) or {}), file.parent
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(key, f"{file}: {where} {first['msg'].removeprefix('Value error, ')}") from None
-
 
 def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path]:
     """The files of a local dataset, sorted; empty for a hub dataset.
@@ -103,7 +40,7 @@ def check_dataset(name: str, key: str, *, online: bool) -> None:
     definition, folder = find_definition(name, key)
     if definition.hub is not None and online:
         with _hub_errors(definition, key):
-            features = load_dataset_builder(definition.hub, definition.subset, revision=definition.revision).info.features
+            features = load_dataset_builder(**_hub_arguments(definition)).info.features
         if features is not None:
             _check_columns(definition, set(features), name, key)
     for file in local_files(definition, folder, key):
@@ -114,10 +51,22 @@ def check_dataset(name: str, key: str, *, online: bool) -> None:
 
 
 def _check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
-    fields = [] if definition.template is None else [name for _, name, _, _ in Formatter().parse(definition.template)]
-    for column in [*definition.columns.values(), *(field for field in fields if field)]:
+    templates = [*definition.when_empty.values(), *([definition.template] if definition.template else [])]
+    fields = [field for template in templates for _, field, _, _ in Formatter().parse(template) if field]
+    for column in [*definition.columns.values(), *definition.when_empty, *fields]:
         if column not in columns:
             raise RecipeError(key, f"{where} has no column {column!r}; it has: {', '.join(sorted(columns))}")
+
+
+def _hub_arguments(definition: DataDefinition) -> dict[str, Any]:
+    """What names a hub dataset in `datasets`. Only data files are read: code of a repository is never run."""
+    files = None if definition.files is None else {definition.split: definition.files}
+    return {
+        "path": definition.hub,
+        "name": definition.subset,
+        "revision": definition.revision,
+        "data_files": files,
+    }
 
 
 @contextmanager
@@ -150,40 +99,73 @@ def _first_row(file: Path, key: str) -> set[str] | None:
     return set(row)
 
 
-def load_one(name: str, key: str) -> Dataset:
+def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
     """Load a dataset with the columns that trl's trainers expect: text, messages, or prompt and completion.
+
+    Args:
+        joined: make one row of a definition whose rows are pieces of one text (its `join`); for training, where a row
+            is a document that may be cut off, they stay apart, and empty ones are left out.
 
     Raises:
         RecipeError: missing, empty, or without a column that the definition names.
     """
     definition, folder = find_definition(name, key)
-    files = local_files(definition, folder, key)
-    if definition.hub is not None:
-        with _hub_errors(definition, key):
-            data = load_dataset(
-                definition.hub, definition.subset, split=definition.split, revision=definition.revision
-            )
-    elif files[0].suffix == ".txt":
-        texts = [file.read_text(encoding="utf-8") for file in files]
-        documents = [part for text in texts for part in (text.split(definition.separator) if definition.separator else [text])]
-        data = Dataset.from_dict({"text": [document.strip() for document in documents if document.strip()]})
-    else:
-        data = load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+    data = _cut(_load_rows(definition, folder, key), definition, name, key)
     _check_columns(definition, set(data.column_names), name, key)
     if definition.template is not None:
-        template = definition.template
-        data = data.map(lambda row: {"text": template.format(**row)}, remove_columns=data.column_names)
+        data = data.map(lambda row: {"text": _fill(definition, row)}, remove_columns=data.column_names)
     else:
         data = data.select_columns(list(definition.columns.values()))
         data = data.rename_columns({old: new for new, old in definition.columns.items() if old != new})
+    if definition.join is not None:
+        if joined and len(data):
+            data = Dataset.from_dict({"text": [definition.join.join(data["text"])]})
+        else:
+            data = data.filter(lambda row: bool(row["text"].strip()))
     if not len(data):
         raise RecipeError(key, f"{name} is empty; name a dataset that has text")
     return data
 
 
-def load_many(names: list[str], key: str) -> Dataset:
-    """Several datasets of one kind, one after the other."""
-    parts = [load_one(name, key) for name in names]
+def _load_rows(definition: DataDefinition, folder: Path, key: str) -> Dataset:
+    files = local_files(definition, folder, key)
+    if definition.hub is not None:
+        with _hub_errors(definition, key):
+            arguments = _hub_arguments(definition)
+            if definition.rows is None:
+                return load_dataset(**arguments, split=definition.split)
+            stream = load_dataset(**arguments, split=definition.split, streaming=True)
+            return Dataset.from_list(list(stream.take(definition.rows)))
+    if files[0].suffix == ".txt":
+        texts = [file.read_text(encoding="utf-8") for file in files]
+        rows = [part for text in texts for part in (text.split(definition.separator) if definition.separator else [text])]
+        data = Dataset.from_dict({"text": [row.strip() for row in rows if row.strip()]})
+    else:
+        data = load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+    return data if definition.rows is None else data.select(range(min(definition.rows, len(data))))
+
+
+def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Dataset:
+    """The definition's part of rows that come without a split."""
+    if definition.cut is None:
+        return data
+    if len(data) < 2:
+        raise RecipeError(key, f"{name} has {len(data)} row, which cannot be cut into two parts; give a file of several")
+    border = min(max(1, len(data) * 9 // 10), len(data) - 1)
+    return data.select(range(border)) if definition.cut == "train" else data.select(range(border, len(data)))
+
+
+def _fill(definition: DataDefinition, row: dict[str, Any]) -> str:
+    assert definition.template is not None
+    for column, template in definition.when_empty.items():
+        if not row[column]:
+            return template.format(**row)
+    return definition.template.format(**row)
+
+
+def load_many(names: list[str], key: str, *, joined: bool = False) -> Dataset:
+    """Several datasets of one kind, one after the other. joined: as in `load_one`."""
+    parts = [load_one(name, key, joined=joined) for name in names]
     columns = [tuple(sorted(part.column_names)) for part in parts]
     if len(set(columns)) > 1:
         raise RecipeError(key, f"datasets of different kinds cannot be joined: {dict(zip(names, columns, strict=True))}")

@@ -4,6 +4,8 @@ Stock engines always apply RMSNorm to the latent c, and some read its eps from `
 Scaling the latent's rows of `kv_a` by s = 2^-30 makes mean(c²) vanish against eps, so RMSNorm(c) = c / sqrt(eps); a norm
 weight of sqrt(eps) / s restores the latent. That needs rms_norm_eps = 1e-6; for a source with another eps the whole
 residual stream is scaled by alpha = sqrt(1e-6 / eps), which every other norm undoes exactly.
+
+A student that has real norms on its latents (`mla_latent_norm`) keeps them: same weights, same eps, no scaling.
 """
 
 from __future__ import annotations
@@ -74,6 +76,26 @@ def blocking_feature(config: PretrainedConfig) -> str | None:
         return "the feed-forward layers have biases, DeepSeek's have none"
     if config.mla_output_bias:
         return "the attention output has a bias, which native engines drop without a word"
+    if has_latent_norm(config) and config.mla_qkv_bias and config.q_lora_rank is not None:
+        return "a query bias behind a normed query latent has no place in the format: leave q_lora_rank or the norm out"
+    return None
+
+
+def has_latent_norm(config: PretrainedConfig) -> bool:
+    """Whether the student's latents have real norms (students made before there was a choice have none)."""
+    return getattr(config, "mla_latent_norm", False)
+
+
+def blocking_dtype(config: PretrainedConfig, dtype: torch.dtype) -> str | None:
+    """Why a student cannot be stored in a number format, or None.
+
+    float16's smallest number is 2^-24: rows scaled by 2^-30 would be stored as zeros.
+    """
+    if dtype == torch.float16 and (config.mla_qkv_bias or not has_latent_norm(config)):
+        return (
+            "float16 cannot hold the linear latent norm (rows scaled by 2^-30 would become zero): use float32 or "
+            "bfloat16" + ("" if config.mla_qkv_bias else ", or a real latent norm")
+        )
     return None
 
 
@@ -81,6 +103,7 @@ def deepseek_config(config: PretrainedConfig, layout: str, dtype: torch.dtype) -
     """Configuration that every engine reads in the same way (all layers dense)."""
     to = export_dimensions(config, layout)
     biased = config.mla_qkv_bias
+    constant = biased and not has_latent_norm(config)  # one channel of the latent that carries biases
     return DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
         vocab_size=config.vocab_size,
@@ -104,7 +127,7 @@ def deepseek_config(config: PretrainedConfig, layout: str, dtype: torch.dtype) -
         attention_bias=biased,
         attention_dropout=0.0,
         q_lora_rank=config.hidden_size + 1 if biased else config.q_lora_rank,
-        kv_lora_rank=to.kv_lora_rank + biased,
+        kv_lora_rank=to.kv_lora_rank + constant,
         qk_nope_head_dim=to.qk_nope_head_dim,
         qk_rope_head_dim=to.qk_rope_head_dim,
         v_head_dim=to.v_head_dim,
@@ -141,10 +164,10 @@ def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> d
     Exact up to that rounding: logits of the exported model equal the student's.
 
     Raises:
-        ValueError: the student has a feature that the format cannot express.
+        ValueError: the student has a feature that the format cannot express, or weights that `dtype` cannot hold.
     """
     config = student.config
-    if (reason := blocking_feature(config)) is not None:
+    if (reason := blocking_feature(config) or blocking_dtype(config, dtype)) is not None:
         raise ValueError(f"export: {reason}")
     own, to = student_dimensions(config), export_dimensions(config, layout)
     alpha = (EPS / config.rms_norm_eps) ** 0.5
@@ -163,6 +186,10 @@ def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> d
         out[name] = value.to(dtype)
     out["lm_head.weight"] = student.get_output_embeddings().weight.detach().cpu().to(dtype)
     for index, weights in attention.items():
+        if config.mla_qkv_bias:
+            writer = student.model.layers[index].self_attn.o_proj.weight.detach().cpu()
+            bias = alpha * _output_bias(weights, writer, config, own)
+            out[f"model.layers.{index}.self_attn.o_proj.bias"] = bias.to(dtype)
         for name, value in _attention_state(weights, config, own, to).items():
             out[f"model.layers.{index}.self_attn.{name}"] = value.to(dtype)
     return {name: value.contiguous().clone() for name, value in out.items()}
@@ -184,23 +211,42 @@ def _place(rows: Tensor, own: Dimensions, to: Dimensions) -> Tensor:
     return out * (to.qk_head_dim / own.qk_head_dim) ** 0.5
 
 
+def _output_bias(weights: dict[str, Tensor], writer: Tensor, config: PretrainedConfig, own: Dimensions) -> Tensor:
+    """Bias [D] of the output projection, float64; zero unless the latent has a real norm.
+
+    Behind a real norm no latent channel is constant. The bias of the values still is one of the output, since attention
+    weights sum to one; the bias of the keys adds the same number to every logit of a query and may be dropped.
+    """
+    if not has_latent_norm(config):
+        return torch.zeros(config.hidden_size, dtype=torch.float64)
+    bias = weights["kv_b_proj.bias"].unflatten(0, (config.num_attention_heads, -1))[:, own.qk_nope_head_dim :]
+    return writer.double() @ bias.flatten()
+
+
 def _attention_state(
     weights: dict[str, Tensor], config: PretrainedConfig, own: Dimensions, to: Dimensions
 ) -> dict[str, Tensor]:
     """One attention's weights in float64, output projection excepted."""
     heads, hidden = config.num_attention_heads, config.hidden_size
-    biased = config.mla_qkv_bias
+    biased, normed = config.mla_qkv_bias, has_latent_norm(config)
+    constant = biased and not normed
     norm = EPS**0.5 / LATENT_SCALE
+    # Padding lowers the mean square that a real norm divides by: R' channels of which R are not zero.
+    stretch = (to.kv_lora_rank / own.kv_lora_rank) ** 0.5
+    scale = stretch if normed else LATENT_SCALE
     out: dict[str, Tensor] = {}
 
     latent, rope = weights["kv_a_proj_with_mqa.weight"].split([own.kv_lora_rank, own.qk_rope_head_dim])
-    rank = to.kv_lora_rank + biased
+    rank = to.kv_lora_rank + constant
     down = latent.new_zeros(rank + to.qk_rope_head_dim, hidden)
-    down[: own.kv_lora_rank] = latent * LATENT_SCALE
+    down[: own.kv_lora_rank] = latent * scale
     slots = rope_slots(own.qk_rope_head_dim, to.qk_rope_head_dim)
     down[rank + slots] = rope
     out["kv_a_proj_with_mqa.weight"] = down
     out["kv_a_layernorm.weight"] = latent.new_full((rank,), norm)
+    if normed:
+        out["kv_a_layernorm.weight"][: own.kv_lora_rank] = weights["kv_a_layernorm.weight"] / stretch
+        out["kv_a_layernorm.weight"][own.kv_lora_rank :] = 1.0
 
     up = weights["kv_b_proj.weight"].unflatten(0, (heads, -1))
     k_nope, value = up.split([own.qk_nope_head_dim, own.v_head_dim], dim=1)
@@ -211,13 +257,14 @@ def _attention_state(
 
     if biased:
         # The format has biases on q_a and kv_a only. One latent channel that holds the constant 1 carries those of
-        # kv_b and, behind a query latent that is the input itself, those of the query.
+        # kv_b (not behind a real norm) and, behind a query latent that is the input itself, those of the query.
         bias = weights["kv_a_proj_with_mqa.bias"]
         down_bias = bias.new_zeros(rank + to.qk_rope_head_dim)
-        down_bias[: own.kv_lora_rank] = bias[: own.kv_lora_rank] * LATENT_SCALE
-        down_bias[rank - 1] = LATENT_SCALE
+        down_bias[: own.kv_lora_rank] = bias[: own.kv_lora_rank] * scale
         down_bias[rank + slots] = bias[own.kv_lora_rank :]
         out["kv_a_proj_with_mqa.bias"] = down_bias
+    if constant:
+        down_bias[rank - 1] = LATENT_SCALE
         k_bias, v_bias = weights["kv_b_proj.bias"].unflatten(0, (heads, -1)).split(
             [own.qk_nope_head_dim, own.v_head_dim], dim=1
         )
@@ -229,6 +276,9 @@ def _attention_state(
         up_query = weights["q_b_proj.weight"]
         out["q_a_layernorm.weight"] = latent.new_full((config.q_lora_rank,), norm)
         out["q_a_proj.weight"] = weights["q_a_proj.weight"] * LATENT_SCALE
+        if normed:
+            out["q_a_layernorm.weight"] = weights["q_a_layernorm.weight"]
+            out["q_a_proj.weight"] = weights["q_a_proj.weight"]
         if biased:
             up_query = up_query @ weights["q_a_proj.weight"]
     else:
@@ -241,6 +291,4 @@ def _attention_state(
         out["q_a_layernorm.weight"] = latent.new_full((hidden + 1,), norm)
     placed = _place(up_query.unflatten(0, (heads, -1)), own, to).flatten(0, 1)
     out["q_b_proj.weight" if biased or config.q_lora_rank is not None else "q_proj.weight"] = placed
-    if biased:
-        out["o_proj.bias"] = latent.new_zeros(hidden)
     return out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.export.deepseek import blocking_feature, export_dimensions
+from transmla.export.deepseek import blocking_dtype, blocking_feature, export_dimensions
 from transmla.recipe import Export
 
 DEEPSEEK = "deepseek_v3"
@@ -33,11 +34,14 @@ class Format:
         return f"{self.name}, {section.dtype}: the student's own class, which `import transmla` loads{why}"
 
 
-def choose_format(section: Export, student: PretrainedConfig) -> Format:
+def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype) -> Format:
     """Decide from configurations alone.
 
+    Args:
+        dtype: what the student is stored in.
+
     Raises:
-        RecipeError: `deepseek_v3` was asked for and cannot express the student.
+        RecipeError: `deepseek_v3` was asked for and cannot express the student; the format of its numbers is too small.
     """
     if section.format == "student":
         return Format(student.model_type)
@@ -46,6 +50,9 @@ def choose_format(section: Export, student: PretrainedConfig) -> Format:
         if section.format == DEEPSEEK:
             raise RecipeError("export.format", f"a stock checkpoint cannot express this model: {reason}; use auto or student")
         return Format(student.model_type, reason)
+    stored = dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    if (reason := blocking_dtype(student, stored)) is not None:
+        raise RecipeError("dtype" if section.dtype == "auto" else "export.dtype", reason)
     try:
         export_dimensions(student, section.layout)
     except ValueError as error:

@@ -12,11 +12,11 @@ from transformers import DeepseekV3ForCausalLM, GenerationConfig, PreTrainedMode
 
 from transmla.export.deepseek import deepseek_config, export_state
 from transmla.export.verify import score_in_fresh_process
-from transmla.recipe import Export
+from transmla.recipe import Export, Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
 # That moves unlikely words most, so the mean is held to a tighter bound: nats a token, 1.5e-4 measured in bfloat16.
-DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5}
+DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 MAX_KL = 5e-3
 
 
@@ -47,6 +47,14 @@ def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
     rows = [student(row[None].to(student.device)).logits.float().log_softmax(-1).cpu() for row in tokens]
     return torch.cat(rows)
+
+
+def verify_export(
+    folder: Path, student: PreTrainedModel, tokens: Tensor, section: Verify, dtype: torch.dtype, *, stock: bool = True
+) -> float:
+    """`check_reload` against a student in float32, with the recipe's tolerance or the one of the stored `dtype`."""
+    tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
+    return check_reload(folder, tokens, log_probabilities(student, tokens), tolerance, stock=stock)
 
 
 def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: float, *, stock: bool = True) -> float:

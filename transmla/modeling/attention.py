@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) without the latent's norm."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), with or without the latent's norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
 from transmla.modeling.backends import attend, eager_attention
 from transmla.modeling.window import layer_window
@@ -35,14 +36,16 @@ class MLAAttention(nn.Module):
 
         c = W_a x          k_h = [W_b,h^K c ; R_s k_rope]          q_h = [q_h,nope ; R_t q_h,rope]          v_h = W_b,h^V c
 
-    The latent has no RMSNorm: the exported model's norm is made linear (transmla.export.deepseek). Rotary pairs are
-    half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's scale into q.
+    Without `mla_latent_norm` the latent has no RMSNorm: the exported model's norm is made linear
+    (transmla.export.deepseek). With it, both latents have DeepSeek's own (eps 1e-6), and the normed latent is cached.
+    Rotary pairs are half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's
+    scale into q.
 
     With a norm on the source's queries (`query_norm`) that norm is kept, over the source's d coordinates of a head,
     and a map of each head follows it:  [q_h,nope ; q_h,rope] = M_h norm(W_h^Q x).
 
     Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, attention_dropout, and layer types and sliding window
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, attention_dropout, and layer types and sliding window
     where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
 
     Args:
@@ -76,6 +79,7 @@ class MLAAttention(nn.Module):
         self.scaling = qk_head_dim**-0.5
 
         hidden, bias = config.hidden_size, config.mla_qkv_bias
+        norm = DeepseekV3RMSNorm if getattr(config, "mla_latent_norm", False) else nn.Identity
         self.q_norm = None
         if query_norm is not None:
             assert self.q_lora_rank is None, "families with a norm on queries have no query rank"
@@ -87,8 +91,10 @@ class MLAAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, self.num_heads * qk_head_dim, bias=bias)
         else:
             self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=False)
+            self.q_a_layernorm = norm(self.q_lora_rank)
             self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * qk_head_dim, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = norm(self.kv_lora_rank)
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=bias
         )
@@ -109,14 +115,17 @@ class MLAAttention(nn.Module):
         """
         cache = past_key_values if cache is None else cache
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_proj(hidden_states))
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         query = query.unflatten(-1, (self.num_heads, -1))
         if self.q_norm is not None:
             query = self.q_mix(self.q_norm(query))
         query = query.transpose(1, 2)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
-        latent, k_rope = latent.unsqueeze(1), k_rope.unsqueeze(1)  # one head: what caches expect
+        latent, k_rope = self.kv_a_layernorm(latent).unsqueeze(1), k_rope.unsqueeze(1)  # one head: what caches expect
         q_rope, k_rope = rotate(q_rope, *position_embeddings), rotate(k_rope, *position_embeddings)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)

@@ -70,6 +70,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_qkv_bias=bool(family.qkv_bias(source)),
         mla_output_bias=bool(family.output_bias(source)),
         mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
+        mla_latent_norm=geometry.latent_norm,
         architectures=[family.student_model.__name__],
     )
 

@@ -1,0 +1,143 @@
+"""Definitions of datasets: a hub id or local files, columns, template, licence. See `data/*.yaml`."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import PositiveInt, ValidationError, model_validator
+
+from transmla.compose import share
+from transmla.errors import RecipeError
+from transmla.recipe import Section
+
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# What trl's trainers know: language modeling, conversations, prompt with completion.
+ROLES = ({"text"}, {"messages"}, {"prompt", "completion"})
+
+
+class DataDefinition(Section):
+    """One dataset.
+
+    hub or path: where it is; a relative path is relative to the definition file. `path` may be a glob.
+    subset, split, revision: of a hub dataset. files: which of its files, where its layout says too little (a glob).
+    rows: only the first so many rows, streamed, so that no more is downloaded.
+    local: name under which the directory `TRANSMLA_DATA`, where that is set, may hold a copy to use instead.
+    columns: which of the file's columns is `text`, `messages`, or `prompt` and `completion`.
+    template: a Python format string over the file's columns that makes `text`, instead of columns.
+    when_empty: by column, the template to use instead in rows where that column is empty.
+    cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
+    join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
+    separator: for `.txt` files, what stands between two rows.
+    """
+
+    hub: str | None = None
+    path: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    files: str | None = None
+    rows: PositiveInt | None = None
+    local: str | None = None
+    columns: dict[Literal["text", "messages", "prompt", "completion"], str] = {}
+    template: str | None = None
+    when_empty: dict[str, str] = {}
+    cut: Literal["train", "test"] | None = None
+    join: str | None = None
+    separator: str | None = None
+    licence: str = "unknown"
+    about: str = ""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataDefinition:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError("give exactly one of hub and path")
+        if self.template is None and set(self.columns) not in ROLES:
+            raise ValueError("columns must name text, or messages, or prompt and completion (or give a template)")
+        if self.join is not None and self.template is None and "text" not in self.columns:
+            raise ValueError("join is for text; conversations stay apart")
+        return self
+
+
+def find_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
+    """The definition called `name` and the folder its paths are relative to.
+
+    Args:
+        name: a shipped definition, or the path of a `.yaml` definition, or of a `.jsonl`, `.parquet` or `.txt` file
+            with a `text` column; `NAME#train` or `NAME#test` for the first nine tenths of its rows or the rest.
+        key: recipe key, for errors.
+    """
+    name, sign, cut = name.partition("#")
+    if sign and cut not in ("train", "test"):
+        raise RecipeError(key, f"{name}#{cut}: what follows # is train (the first nine tenths) or test (the rest)")
+    definition, folder = _read_definition(name, key)
+    if sign:
+        if definition.cut is not None:
+            raise RecipeError(key, f"{name} is cut already; leave #{cut} out")
+        definition = definition.model_copy(update={"cut": cut})
+    return local_copy(definition, key), folder
+
+
+def local_copy(definition: DataDefinition, key: str) -> DataDefinition:
+    """The definition with its hub replaced by the user's own copy below `TRANSMLA_DATA`, where there is one.
+
+    `NAME/` holds files whose names begin with the split (`train*`, and `test*` or `validation*`); `NAME.jsonl`,
+    `NAME.parquet` or `NAME.txt` holds everything, and so may a directory with `train*` alone: such a copy is cut, nine
+    tenths to calibrate on and one tenth to test on, so that the two never meet.
+
+    Raises:
+        RecipeError: `TRANSMLA_DATA` is no directory, or its copy has no file that can be read.
+    """
+    root = os.environ.get("TRANSMLA_DATA")
+    if not root or definition.local is None:
+        return definition
+    if not Path(root).is_dir():
+        raise RecipeError(key, f"TRANSMLA_DATA={root} is no directory; correct or unset it")
+    testing = definition.cut == "test" or (definition.cut is None and definition.split != "train")
+    folder = Path(root).resolve() / definition.local
+    train = _pattern(folder, "train")
+    test = _pattern(folder, "test") or _pattern(folder, "validation")
+    whole = _pattern(folder.parent, f"{definition.local}.")
+    if train and test:
+        path, cut = (test if testing else train), None
+    elif train or whole:
+        path, cut = train or whole, "test" if testing else "train"
+    elif folder.is_dir():
+        raise RecipeError(key, f"{folder} has no file train*.jsonl, train*.parquet or train*.txt")
+    else:
+        return definition
+    return definition.model_copy(
+        update={"hub": None, "subset": None, "files": None, "revision": None, "path": path, "cut": cut}
+    )
+
+
+def _pattern(folder: Path, start: str) -> str | None:
+    """A glob for the files of the first known format whose names begin so, or None."""
+    for suffix in FORMATS:
+        pattern = f"{start}*{suffix}" if not start.endswith(".") else f"{start[:-1]}{suffix}"
+        if any(folder.glob(pattern)):
+            return str(folder / pattern)
+    return None
+
+
+def _read_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
+    path = Path(name)
+    if path.suffix in FORMATS:
+        return DataDefinition(path=str(path.resolve()), columns={"text": "text"}), Path.cwd()
+    file = path if path.suffix in (".yaml", ".yml") else share("data") / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(item.stem for item in share("data").glob("*.yaml"))
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else f"; there are: {', '.join(known)}"
+        raise RecipeError(key, f"no dataset {name!r}{hint}")
+    try:
+        return DataDefinition.model_validate(yaml.safe_load(file.read_text()) or {}), file.parent
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(key, f"{file}: {where} {first['msg'].removeprefix('Value error, ')}") from None
+
+

@@ -16,7 +16,7 @@ from transmla.hardware import peak_memory
 from transmla.pipeline import Pipeline
 from transmla.preflight import Prepared
 
-FORMAT = 1  # raise it when the same settings would give another result than before
+FORMAT = 2  # raise it when the same settings would give another result than before
 
 
 def require_free(folder: Path) -> None:
@@ -33,19 +33,17 @@ def require_free(folder: Path) -> None:
 class ConvertRun(Pipeline):
     """Convert the source of a recipe and compare original, partial-RoPE and MLA model on the recipe's first dataset."""
 
-    def __init__(self, prepared: Prepared, *, search: bool = False) -> None:
-        """search: whether a freqfold of `auto` is searched on calibration text.
-
+    def __init__(self, prepared: Prepared) -> None:
+        """
         Raises:
             RecipeError: there are several processes.
         """
         super().__init__(prepared)
         if self.state.num_processes > 1:
             raise RecipeError("device", "a conversion runs in one process; start it without accelerate launch")
-        self.search = search
 
     def _digest(self, **more: Any) -> str:
-        inputs = {"convert": self.digests.convert, "windows": self.digests.evaluation("teacher"), "search": self.search}
+        inputs = {"convert": self.digests.convert, "windows": self.digests.evaluation("teacher")}
         return fingerprint({"format": FORMAT, **inputs, **more})
 
     @cached_property
@@ -65,7 +63,6 @@ class ConvertRun(Pipeline):
             self.calibration,
             windows=windows,
             batch_size=section.batch_size,
-            search=self.search,
         )
         record["tokens"] = self.calibration.numel()
         record["dataset"] = section.data[0]
@@ -120,6 +117,13 @@ class ConvertRun(Pipeline):
         return record
 
 
+def _folds(freqfold: int | list[int]) -> str:
+    if isinstance(freqfold, int):
+        return str(freqfold)
+    counts = {fold: list(freqfold).count(fold) for fold in sorted(set(freqfold))}
+    return ", ".join(f"{fold} in {count} layers" for fold, count in counts.items())
+
+
 NAMES = {"original": "original", "partial_rope": "partial RoPE", "mla": "MLA"}
 
 
@@ -139,7 +143,8 @@ def render(record: dict[str, Any], folder: Path) -> str:
         lines.append("no perplexity was measured; --ppl-eval-batch-size 1 or more does")
     lines += [
         f"cache         {found['cached_values_source']} -> {found['cached_values_student']} values a token and layer "
-        f"({found['saving_percent']} % less), freqfold {found['freqfold']}, collapse {found['collapse']}",
+        f"({found['saving_percent']} % less), freqfold {_folds(found['freqfold'])}, collapse {found['collapse']}",
         f"saved         {folder} ({record['seconds']} s, at most {record['peak_memory_bytes'] / 2**30:.2f} GiB)",
     ]
+    lines += [f"chosen        {line}" for line in found["choices"]]
     return "\n".join(lines)

@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ppl-eval-tokens", type=_count(2), default=1_000_000, help="at most so many tokens (default: 1,000,000)")
     add("--ppl-eval-seqlen", type=_count(2), default=2048, help="tokens a window of perplexity (default: 2048)")
     add("--freqfold", type=_count_or_auto, default="auto", help="neighbouring frequencies in one band, or auto")
-    add("--collapse", type=_count_or_auto, default="auto", help="head dimension / --qk-mqa-dim, or auto")
+    add("--collapse", type=_count_or_auto, help="head dimension / --qk-mqa-dim (default), a smaller number, or auto: search")
     add("--qk-mqa-dim", type=_count(1), default=64, help="dimension of the rope head (default: 64)")
     add("--q-lora-rank", type=_count_or_none, help="rank of the queries, or None for full rank (default)")
     add("--kv-lora-rank", type=_count(1), default=512, help="dimension of the latent (default: 512)")
@@ -141,10 +141,14 @@ def method_keys(method: str, balance: float | None) -> dict[str, Any]:
 
     The published ratio is one of norms, the recipe's kv_balance one of energies: its square.
     """
-    if method == "default":
-        return {} if balance is None else {"kv_balance": balance**2}
-    ratio = 1.0 if balance is None else balance
-    return {"mixing": "real", "mean_rotation": False, "weighting": "norm", "kv_balance": ratio**2}
+    return {"method": method} | ({} if balance is None else {"kv_balance": balance**2})
+
+
+def _collapse(args: argparse.Namespace) -> int | str:
+    """The published `auto` is the natural one; with our method it is searched."""
+    if args.collapse is None or (args.collapse == "auto" and args.method == "transmla"):
+        return "natural"
+    return args.collapse
 
 
 def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
             "kv_lora_rank": args.kv_lora_rank,
             "q_lora_rank": args.q_lora_rank,
             "freqfold": args.freqfold,
-            "collapse": args.collapse,
+            "collapse": _collapse(args),
             "latent_norm": args.use_qkv_norm,
             **method_keys(args.method, args.balance_kv_ratio),
             "calibration": {
@@ -246,7 +250,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     require_free(prepared.output)
     quiet()
-    run = ConvertRun(prepared, search=args.method == "transmla")
+    run = ConvertRun(prepared)
     print(run.save(prepared.output, stock=args.deepseek_style, measure=args.ppl_eval_batch_size > 0))
 
 

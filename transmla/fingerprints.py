@@ -12,7 +12,7 @@ from transmla.data.sources import local_files
 from transmla.preflight import Prepared
 from transmla.sources import identity
 
-FORMAT = 1  # raise it when the same settings would give another result than before
+FORMAT = 2  # raise it when the same settings would give another result than before
 # Keys of a trainer that change what is written or shown, not what is learned.
 COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
 

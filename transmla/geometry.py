@@ -15,8 +15,9 @@ from transmla.recipe import Convert
 class MLAGeometry:
     """Dimensions of one attention, the same in every layer. Names are DeepSeek's and the source's own.
 
-    `frequencies` of the student's rope head are those of a stock rope of dimension `qk_rope_head_dim` with the
-    source's `rope_theta`, because channel m rotates at the source's frequency number `collapse * m`.
+    Channel m of the rope head rotates at the source's frequency number `collapse * m`. Those are the frequencies of a
+    stock rope of dimension P = `qk_rope_head_dim` with `rope_theta` raised to the power `collapse` * P / d: the source's
+    own with the natural collapse d / P. freqfold: one for all layers, or one a layer.
     """
 
     hidden_size: int
@@ -29,9 +30,18 @@ class MLAGeometry:
     v_head_dim: int
     kv_lora_rank: int
     q_lora_rank: int | None
-    freqfold: int
+    freqfold: int | tuple[int, ...]
     collapse: int
     latent_norm: bool = False  # RMSNorm on the latents
+
+    @property
+    def theta_power(self) -> float:
+        """Power of the source's rope_theta that gives the student's."""
+        return self.collapse * self.qk_rope_head_dim / self.head_dim
+
+    def freqfold_of(self, layer: int) -> int:
+        """The freqfold of one layer."""
+        return self.freqfold if isinstance(self.freqfold, int) else self.freqfold[layer]
 
     @property
     def source_cache(self) -> int:
@@ -62,44 +72,57 @@ def head_dimension(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def derive_geometry(config: PretrainedConfig, convert: Convert) -> MLAGeometry:
+def derive_geometry(
+    config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None = None
+) -> MLAGeometry:
     """Derive and check every dimension.
 
     Args:
         config: configuration of the source model.
         convert: the recipe's section.
+        freqfold: one a layer, found by a search.
 
     Raises:
-        RecipeError: a rank above what the model has, a rope dimension that is odd or does not divide the head
-            dimension, a freqfold that collapse does not divide.
+        RecipeError: a rank above what the model has, a rope dimension that is odd or above the head dimension, a
+            collapse whose channels the head does not have, a freqfold that collapse does not divide.
+
+    What is still `auto` gets a provisional value: half of a head for the rope head where it fits, one channel a band.
     """
+    convert = provisional(config, convert)
     hidden, heads = config.hidden_size, config.num_attention_heads
     groups, head_dim = config.num_key_value_heads or heads, head_dimension(config)
     rope = convert.qk_rope_head_dim
     if rope % 2:
         raise RecipeError("convert.qk_rope_head_dim", f"{rope} is odd; a rotary channel is a pair, use an even number")
-    if rope > head_dim or head_dim % rope:
-        divisors = [n for n in range(2, head_dim + 1, 2) if head_dim % n == 0]
-        raise RecipeError(
-            "convert.qk_rope_head_dim", f"{rope} does not divide the head dimension {head_dim}; use one of {divisors}"
-        )
+    if rope > head_dim:
+        raise RecipeError("convert.qk_rope_head_dim", f"{rope} is above the head dimension {head_dim}; use at most that")
+    pairs, channels = head_dim // 2, rope // 2
     natural = head_dim // rope
-    collapse = natural if convert.collapse == "auto" else convert.collapse
-    if collapse != natural:
+    if convert.collapse == "natural" and head_dim % rope:
+        raise RecipeError(
+            "convert.qk_rope_head_dim",
+            f"{rope} does not divide the head dimension {head_dim}; use one of "
+            f"{[n for n in range(2, head_dim + 1, 2) if head_dim % n == 0]}, or name convert.collapse (1 to {natural})",
+        )
+    collapse = natural if convert.collapse in ("natural", "auto") else convert.collapse
+    if collapse * channels > pairs:
         raise RecipeError(
             "convert.collapse",
-            f"{collapse} does not fit: head dimension {head_dim} / qk_rope_head_dim {rope} = {natural}; use auto",
+            f"{collapse} does not fit: {channels} channels at every {collapse}th of {pairs} frequencies; use at most {natural}",
         )
-    pairs = head_dim // 2
-    freqfold = default_freqfold(pairs, collapse) if convert.freqfold == "auto" else convert.freqfold
-    if freqfold % collapse:
+    if collapse * rope != head_dim and rope_types(config) != {"default"}:
         raise RecipeError(
-            "convert.freqfold", f"{freqfold} is not divisible by collapse {collapse}; use a multiple of {collapse}"
+            "convert.collapse", f"the source scales its frequencies, so only the natural one can be exported; use {natural}"
         )
-    if pairs % freqfold:
-        raise RecipeError(
-            "convert.freqfold", f"{freqfold} does not divide the {pairs} frequencies of a head; use a divisor"
-        )
+    if freqfold is None:
+        freqfold = collapse if convert.freqfold == "auto" else convert.freqfold
+    for fold in (freqfold,) if isinstance(freqfold, int) else freqfold:
+        if fold % collapse:
+            raise RecipeError(
+                "convert.freqfold", f"{fold} is not divisible by collapse {collapse}; use a multiple of {collapse}"
+            )
+        if fold > pairs:
+            raise RecipeError("convert.freqfold", f"{fold} is above the {pairs} frequencies of a head; use a smaller one")
     full = full_rank(config)
     if convert.kv_lora_rank > full:
         raise RecipeError(
@@ -135,7 +158,24 @@ def full_rank(config: PretrainedConfig) -> int:
     return min(2 * groups * head_dimension(config), config.hidden_size)
 
 
-def default_freqfold(pairs: int, collapse: int) -> int:
-    """The freqfold of `auto`: one channel a band, the best of a small search with complex mixing."""
-    assert pairs % collapse == 0
-    return collapse
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """Kinds of rotary embedding in a configuration, whose parameters may differ by layer type."""
+    parameters = config.rope_parameters or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
+    return {entry.get("rope_type", "default") for entry in by_layer or [parameters]}
+
+
+def provisional(config: PretrainedConfig, convert: Convert) -> Convert:
+    """The settings with dimensions that are still `auto` filled in, so that a plan can be made."""
+    rope, latent, values = convert.qk_rope_head_dim, convert.kv_lora_rank, convert.cached_values
+    if rope == "auto":
+        half = head_dimension(config) // 2
+        rope = half if latent == "auto" else values - latent
+        while latent == "auto" and rope > 2 and 2 * rope > values:
+            rope //= 2
+    if latent == "auto":
+        latent = values - rope
+    for name, value in (("qk_rope_head_dim", rope), ("kv_lora_rank", latent)):
+        if value < 1:
+            raise RecipeError("convert.cached_values", f"{values} leaves {value} for {name}; use more")
+    return convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": latent})

@@ -91,17 +91,16 @@ class Pipeline(Maker):
             self.say(f"[convert] {self.prepared.notice}")
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
-            settings = self.recipe.convert
             windows = self._calibration_windows()
-            groups = windows.split(settings.calibration.batch_size)
-            student, statistics = convert_model(
-                self.teacher, self.prepared.geometry, settings, groups, batches=len(groups)
-            )
+            done = convert_model(self.teacher, self.recipe.convert, windows)
             record["tokens"] = windows.numel()
-            if statistics[0].key_error is not None:
-                record["key_regression_error"] = [float(layer.key_error.mean()) for layer in statistics]
+            record["geometry"], record["choices"] = done.geometry.describe(), done.choices
+            for line in done.choices:
+                self.say(f"[convert] {line}")
+            if done.statistics[0].key_error is not None:
+                record["key_regression_error"] = [float(layer.key_error.mean()) for layer in done.statistics]
                 self.say(f"[convert] {describe_key_errors(record['key_regression_error'])}")
-            self._save_converted(student, [layer.output_mean_square for layer in statistics], scratch)
+            self._save_converted(done.student, [layer.output_mean_square for layer in done.statistics], scratch)
 
         self._make(self.out / "converted", self.digests.convert, "convert", build)
 

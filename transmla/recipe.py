@@ -78,20 +78,57 @@ class Calibration(Section):
     sample: Literal["first", "random"] = "first"  # which windows of the text; random: by the recipe's seed
 
 
-class Convert(Section):
-    """Dimensions and method of the conversion (DESIGN: mathematics of the conversion)."""
+# What a method means for the keys that a recipe leaves out; naming one of them is a variant of the method.
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {"mixing": "complex", "mean_rotation": True, "weighting": "attention", "refit": True},
+    "transmla": {"mixing": "real", "mean_rotation": False, "weighting": "norm", "refit": False},
+}
 
-    qk_rope_head_dim: PositiveInt = 64
-    kv_lora_rank: PositiveInt = 512
+
+class Convert(Section):
+    """Dimensions and method of the conversion (docs/conversion.md).
+
+    `auto` is chosen on a part of the calibration text that the moments were not measured on: freqfold by layer (one
+    for all with `method: transmla`, as published), then what else is `auto` among dimensions and collapse.
+    `cached_values` is what rope head and latent have together where one of them is `auto`.
+    """
+
+    method: Literal["default", "transmla"] = "default"
+    qk_rope_head_dim: PositiveInt | Literal["auto"] = 64
+    kv_lora_rank: PositiveInt | Literal["auto"] = 512
+    cached_values: PositiveInt | None = None
     q_lora_rank: PositiveInt | None = None
     freqfold: PositiveInt | Literal["auto"] = "auto"
-    collapse: PositiveInt | Literal["auto"] = "auto"
+    collapse: PositiveInt | Literal["auto", "natural"] = "natural"  # natural: head dimension / qk_rope_head_dim
     mixing: Literal["complex", "real"] = "complex"  # matrices that mix key heads of one frequency
-    mean_rotation: bool = True  # a lost rotation becomes the phase of its mean under the attention's distances
-    weighting: Literal["cost", "norm"] = "cost"  # how keys and values share the latent
-    kv_balance: PositiveFloat = 0.3  # factor on the keys' share of the latent
+    mean_rotation: bool | Literal["auto"] = True  # a lost rotation becomes its mean's phase under attention's distances
+    weighting: Literal["attention", "input", "norm"] = "attention"  # what errors of keys and values are weighed by
+    kv_balance: PositiveFloat = 1.0  # factor on the keys' share of the latent
+    refit: bool = True  # output projections by regression onto the source's attention, layer after layer
+    drift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3  # share of the stream's drift that a refit corrects
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     calibration: Calibration
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_method(cls, tree: Any) -> Any:
+        return METHODS.get(tree.get("method", "default"), {}) | tree if isinstance(tree, dict) else tree
+
+    @model_validator(mode="after")
+    def _budget(self) -> Convert:
+        free = [name for name in ("qk_rope_head_dim", "kv_lora_rank") if getattr(self, name) == "auto"]
+        if free and self.cached_values is None:
+            raise ValueError(f"{free[0]} is auto: give cached_values, what rope head and latent have together")
+        if not free and self.cached_values not in (None, self.qk_rope_head_dim + self.kv_lora_rank):
+            raise ValueError(
+                f"cached_values {self.cached_values} is not qk_rope_head_dim + kv_lora_rank; leave it out, or one of them auto"
+            )
+        return self
+
+    @property
+    def searched(self) -> bool:
+        """Whether something is left for the calibration text to choose."""
+        return "auto" in (self.qk_rope_head_dim, self.kv_lora_rank, self.freqfold, self.collapse, self.mean_rotation)
 
 
 class Stage(Section):
@@ -253,7 +290,7 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
         if parts and parts[-1].isdigit() and part in STAGES:  # the discriminator's tag is no key
             model = STAGES[str(part)]
             continue
-        if part in ("int", "literal['auto']", "constrained-int"):  # branches of a union of types are no keys
+        if part in ("int", "bool", "constrained-int") or str(part).startswith("literal["):  # branches of a union of types are no keys
             continue
         if index + 1 < len(location) and isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(str(part))

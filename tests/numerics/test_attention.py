@@ -12,7 +12,7 @@ from transmla.modeling.backends import eager_attention, sdpa
 def student():
     source = tiny_model()
     convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
-    return convert_model(source, derive_geometry(source.config, convert), convert, windows())[0]
+    return convert_model(source, convert, torch.cat(windows())).student
 
 
 def packed(lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:

@@ -74,7 +74,8 @@ def make_source(case: str, groups: int = 1, dtype: torch.dtype = torch.float32):
 
 def convert(source, **section):
     chosen = settings(**(FULL | section))
-    return convert_model(source, derive_geometry(source.config, chosen), chosen, windows())
+    done = convert_model(source, chosen, torch.cat(windows()))
+    return done.student, done.statistics
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ TRUNCATED = dict(qk_rope_head_dim=8, kv_lora_rank=24)
 def student_of(family: str = "llama", query_rank: int | None = None, *, norm: bool = True, **fields):
     source = tiny_model(family, **fields)
     convert = settings(**TRUNCATED, q_lora_rank=query_rank, latent_norm=norm)
-    return convert_model(source, derive_geometry(source.config, convert), convert, windows())[0]
+    return convert_model(source, convert, torch.cat(windows())).student
 
 
 def latents(student) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ def test_complex_form_is_rope() -> None:
 @pytest.mark.parametrize("t,s", [(0, 0), (7, 2), (63, 5)])
 def test_exact_with_one_key_head(t: int, s: int) -> None:
     query, key, moment, x = maps(groups=1)
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, distance=None)
+    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None)
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[0] @ x[1], s, FREQUENCIES)
         got = rotate(rope.q_rope[head] @ x[0], t, FREQUENCIES) @ rotate(rope.k_rope @ x[1], s, FREQUENCIES)
@@ -50,7 +50,7 @@ def test_exact_with_one_key_head(t: int, s: int) -> None:
 def test_nothing_is_lost_but_rotations(mixing: str) -> None:
     """Kept and remaining parts, both given the true rotation, add up to the source's logit."""
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, distance=None, mixing=mixing)
+    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None, mixing=mixing)
     t, s = 11, 3
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
@@ -64,7 +64,8 @@ def test_nothing_is_lost_but_rotations(mixing: str) -> None:
 def test_bands_keep_the_frequencies_of_a_stock_rope(freqfold: int, collapse: int) -> None:
     """At distance zero no rotation matters: the parts add up exactly, and the rope head has d / collapse coordinates."""
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=freqfold, collapse=collapse, distance=None)
+    channels = DIM // 2 // collapse
+    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=freqfold, collapse=collapse, channels=channels, distance=None)
     assert rope.k_rope.shape == (DIM // collapse, INPUT)
     for head in range(HEADS):
         expected = (query[head] @ x[0]) @ (key[head // 2] @ x[1])
@@ -76,7 +77,7 @@ def test_complex_mixing_keeps_at_least_the_energy_of_real_mixing() -> None:
     query, key, moment, _ = maps()
     energy = {}
     for mixing in ("complex", "real"):
-        rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=2, collapse=2, distance=None, mixing=mixing)
+        rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=2, collapse=2, channels=DIM // 4, distance=None, mixing=mixing)
         energy[mixing] = torch.einsum("px,xy,py->", rope.k_rope, moment, rope.k_rope)
     assert energy["complex"] > energy["real"] * 1.01
 
@@ -89,7 +90,7 @@ def test_mean_rotation_and_its_sign() -> None:
         mean_rotation(distance, FREQUENCIES)[0], torch.polar(torch.ones(DIM // 2, dtype=torch.float64), -3 * FREQUENCIES)
     )
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, distance=distance)
+    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=distance)
     t, s = 20, 17
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[head // 2] @ x[1], s, FREQUENCIES)

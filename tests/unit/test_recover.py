@@ -49,7 +49,8 @@ def make_trainer(
     torch.manual_seed(0)
     teacher = tiny_model(dtype=dtype)
     convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
-    student, statistics = convert_model(teacher, derive_geometry(teacher.config, convert), convert, windows())
+    done = convert_model(teacher, convert, torch.cat(windows()))
+    student, statistics = done.student, done.statistics
     student = copy.deepcopy(student)
     defaults = dict(
         max_length=LENGTH,

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,43 +17,59 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments
 from transmla.families import FAMILIES, HeadNorm
-from transmla.modeling.backends import cap, eager_attention
+from transmla.modeling.backends import eager_attention
 from transmla.modeling.window import layer_window
 
 IMPLEMENTATION = "mla_calibration"
-QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
 
 
 @dataclass
 class LayerStatistics:
-    """Moments of one attention's input x and of its attention distances; float64.
+    """Moments of one attention's input x and of what attention does with it; float64.
 
-    second_moment: E[x x^T], [D, D]. mean: E[x], [D]. distance: [H, L], how much attention a head gives to the
-    token Δ positions back, rows sum to one. output_mean_square: E|o|² of the attention's output.
+    second_moment: E[x x^T], [D, D]. mean: E[x], [D]. output_mean_square: E|o|² of the attention's output.
+    distance: [H, L], how much attention a head gives to the token Δ positions back, rows sum to one.
+    averaged: E[z z^T] of the inputs as attention averages them, z_t = sum_s A_ts x_s, [D, D]; averaged_mean: E[z], [D].
+    attended: E[sum_s A_ts x_s x_s^T], [D, D]. logit_cost: [H], see `AttentionMoments`.
 
     Only of an attention whose queries and keys pass a norm, both before rotation and behind the norm: query_moment:
-    E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]. key_energy: E|k|², [G]. key_error: [G], the share of the
-    keys' variance that no linear map of x explains, set when the keys are fitted (transmla.convert.keynorm).
+    E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]; attended_key_cross: the same over attended keys.
+    key_energy: E|k|², [G]. key_error: [G], the share of the keys' variance that no linear map of x explains, set when
+    the keys are fitted (transmla.convert.keynorm).
     """
 
     second_moment: Tensor
     mean: Tensor
-    distance: Tensor
     output_mean_square: float
+    distance: Tensor
+    averaged: Tensor
+    averaged_mean: Tensor
+    attended: Tensor
+    logit_cost: Tensor
     query_moment: Tensor | None = None
     key_cross: Tensor | None = None
+    attended_key_cross: Tensor | None = None
     key_energy: Tensor | None = None
     key_error: Tensor | None = None
 
     def augmented(self) -> Tensor:
         """Second moment of [x; 1], [D1, D1]."""
-        size = len(self.mean)
-        full = self.second_moment.new_empty(size + 1, size + 1)
-        full[:size, :size] = self.second_moment
-        full[:size, size] = full[size, :size] = self.mean
-        full[size, size] = 1.0
-        return full
+        return _augment(self.second_moment, self.mean)
+
+    def augmented_attended(self) -> Tensor:
+        """Second moment of [x; 1] over attended tokens, [D1, D1]."""
+        return _augment(self.attended, self.averaged_mean)  # E[sum_s A_ts x_s] is E[z]
+
+
+def _augment(second_moment: Tensor, mean: Tensor) -> Tensor:
+    size = len(mean)
+    full = second_moment.new_empty(size + 1, size + 1)
+    full[:size, :size] = second_moment
+    full[:size, size] = full[size, :size] = mean
+    full[size, size] = 1.0
+    return full
 
 
 class NormedMoments:
@@ -65,6 +82,10 @@ class NormedMoments:
         self.cross: Tensor | float = 0.0
         self.energy: Tensor | float = 0.0
 
+    def keys(self, x: Tensor) -> Tensor:
+        """[n, D] -> [n, G, d]."""
+        return self._heads(self.module.k_proj, self.key_norm, x)
+
     @staticmethod
     def _heads(linear: nn.Linear, norm: HeadNorm, x: Tensor) -> Tensor:
         bias = None if linear.bias is None else linear.bias.double()
@@ -73,7 +94,7 @@ class NormedMoments:
     def add(self, x: Tensor) -> None:
         """x: [n, D], float64."""
         query = self._heads(self.module.q_proj, self.query_norm, x)
-        key = self._heads(self.module.k_proj, self.key_norm, x)
+        key = self.keys(x)
         self.query = self.query + torch.einsum("nhv,nhw->hvw", query, query)
         self.cross = self.cross + torch.einsum("ngw,nx->gwx", key, F.pad(x, (0, 1), value=1.0))
         self.energy = self.energy + key.square().sum((0, 2))
@@ -88,16 +109,18 @@ class NormedMoments:
 
 
 class _Accumulator:
-    def __init__(self, hidden: int, heads: int, length: int, device: torch.device) -> None:
+    def __init__(self, hidden: int, attention: AttentionMoments, normed: NormedMoments | None) -> None:
+        device = attention.averaged.device
         self.second = torch.zeros(hidden, hidden, dtype=torch.float64, device=device)
         self.first = torch.zeros(hidden, dtype=torch.float64, device=device)
-        self.distance = torch.zeros(heads, length, dtype=torch.float64, device=device)
         self.output = torch.zeros((), dtype=torch.float64, device=device)
         self.tokens = 0
-        self.normed: NormedMoments | None = None
+        self.attention, self.normed = attention, normed
+        self.input: Tensor | None = None
 
     def add_input(self, x: Tensor) -> None:
-        x = x.detach().flatten(0, -2).double()
+        self.input = x.detach()  # [B, T, D], for the attention that follows
+        x = self.input.flatten(0, -2).double()
         self.second.addmm_(x.T, x)
         self.first += x.sum(0)
         self.tokens += len(x)
@@ -106,32 +129,20 @@ class _Accumulator:
 
     def add_output(self, out: Tensor) -> None:
         self.output += out.detach().double().square().sum()
+        self.input = None
 
-    def add_attention(
-        self, query: Tensor, key: Tensor, scaling: float, softcap: float | None, window: int | None
-    ) -> None:
-        """Histogram of causal attention weights over distances. query: [H, T, d]; key: [G, T, d]."""
-        heads, length, _ = query.shape
-        key = key.repeat_interleave(heads // len(key), 0)
-        position = torch.arange(length, device=query.device)
-        for start in range(0, length, QUERY_BLOCK):
-            rows = position[start : start + QUERY_BLOCK]
-            columns = position[: rows[-1] + 1]
-            delta = rows[:, None] - columns[None, :]
-            logits = cap((query[:, rows] @ key[:, columns].mT).float() * scaling, softcap)
-            hidden = delta < 0 if window is None else (delta < 0) | (delta >= window)
-            weights = logits.masked_fill(hidden, float("-inf")).softmax(-1).double()
-            # The first token collects attention that means nothing (a sink), from everywhere: left in, it would make
-            # every mean rotation near zero.
-            weights[..., 0] = 0.0
-            self.distance.index_add_(1, delta.clamp_min(0).flatten(), weights.flatten(1))
+    def add_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> None:
+        """query: [B, H, T, d]; key, value: [B, G, T, d]."""
+        for row, x in enumerate(self.input):
+            plain = None if self.normed is None else self.normed.keys(x.double()).transpose(0, 1)
+            self.attention.add(x, query[row], key[row], value[row], plain_key=plain, **options)
 
     def result(self) -> LayerStatistics:
         return LayerStatistics(
             second_moment=self.second / self.tokens,
             mean=self.first / self.tokens,
-            distance=self.distance / self.distance.sum(-1, keepdim=True),
             output_mean_square=float(self.output / self.tokens),
+            **self.attention.result(),
             **({} if self.normed is None else self.normed.result(self.tokens)),
         )
 
@@ -165,8 +176,8 @@ def _recording(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulato
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
         softcap = kwargs.get("softcap")
-        # One row of the batch: distances need far fewer tokens than second moments.
-        known[module].add_attention(query[0], key[0], kwargs["scaling"], softcap, layer_window(config, module.layer_idx))
+        window = layer_window(config, module.layer_idx)
+        known[module].add_attention(query, key, value, scaling=kwargs["scaling"], softcap=softcap, window=window)
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         return capped_attention(module, query, key, value, mask, softcap, kwargs["scaling"])
@@ -209,18 +220,17 @@ def calibrate(
         ValueError: there was no text.
     """
     config = model.config
-    modules = [layer.self_attn for layer in model.model.layers]
-    accumulators = {
-        module: _Accumulator(config.hidden_size, config.num_attention_heads, length, model.device)
-        for module in modules
-    }
-    head_norms = FAMILIES[config.model_type].head_norms
-    if head_norms is not None:
-        for module, accumulator in accumulators.items():
-            accumulator.normed = NormedMoments(module, head_norms(module))
+    family = FAMILIES[config.model_type]
+    accumulators = {}
+    for layer in model.model.layers:
+        module = layer.self_attn
+        source = family.read_attention(module, config, model.device)
+        normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
+        attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
+        accumulators[module] = _Accumulator(config.hidden_size, attention, normed)
     with _recording(model, accumulators):
         for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
             model.model(input_ids=batch.to(model.device), use_cache=False)
-    if not accumulators[modules[0]].tokens:
+    if not next(iter(accumulators.values())).tokens:
         raise ValueError("convert.calibration.data: no text to calibrate on; name a dataset that has some")
-    return [accumulators[module].result() for module in modules]
+    return [accumulator.result() for accumulator in accumulators.values()]

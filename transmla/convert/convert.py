@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,31 +12,56 @@ from transformers import PreTrainedModel
 from transmla.convert.calibration import LayerStatistics, calibrate
 from transmla.convert.keynorm import fit_keys, with_linear_keys
 from transmla.convert.latent_norm import norm_weights
+from transmla.convert.refit import refit_outputs
+from transmla.convert.search import search, split
 from transmla.convert.solve import solve_attention
 from transmla.families import family_of
-from transmla.geometry import MLAGeometry
+from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.modeling.student import build_student, student_config
 from transmla.recipe import Convert
 
 
-def convert_model(
-    source: PreTrainedModel,
-    geometry: MLAGeometry,
-    settings: Convert,
-    windows: Iterable[Tensor],
-    *,
-    batches: int | None = None,
-) -> tuple[PreTrainedModel, list[LayerStatistics]]:
+@dataclass
+class Conversion:
+    """A conversion before any measurement.
+
+    student: in the source's dtype and on its device. settings, geometry: with what a search chose. statistics: by
+    layer. choices: a line for each decision of a search. fitted_on: the windows that moments and refit saw, [n, L].
+    """
+
+    student: PreTrainedModel
+    settings: Convert
+    geometry: MLAGeometry
+    statistics: list[LayerStatistics]
+    choices: list[str]
+    fitted_on: Tensor
+
+
+def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -> Conversion:
     """Turn a GQA model into an MLA student that shares its trunk.
 
     Args:
-        windows: batches of calibration tokens [B, T]. batches: their number, for the progress bar.
-
-    Returns:
-        The student, in the source's dtype and on its device, and the statistics of every layer.
+        windows: calibration tokens, [n, L]. Where something is `auto`, an eighth is held out to choose by.
     """
-    statistics = calibrate(source, windows, length=settings.calibration.max_length, total=batches)
-    return solve_model(source, geometry, settings, statistics), statistics
+    windows, held_out = split(windows, settings)
+    batches = windows.split(settings.calibration.batch_size)
+    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches))
+    choices: list[str] = []
+    geometry = derive_geometry(source.config, settings)
+    if held_out is not None:
+        settings, geometry, choices = search(
+            source, settings, statistics, held_out, lambda tried, shape: solve_model(source, shape, tried, statistics)
+        )
+    student = solve_model(source, geometry, settings, statistics)
+    if settings.refit:
+        refit_model(source, student, settings, windows)
+    return Conversion(student, settings, geometry, statistics, choices, windows)
+
+
+def refit_model(source: PreTrainedModel, student: PreTrainedModel, settings: Convert, windows: Tensor) -> None:
+    """Refit the student's output projections in place (transmla.convert.refit)."""
+    drift = settings.drift if family_of(source.config).plain_residual else 0.0
+    refit_outputs(source, student, windows, batch_size=settings.calibration.batch_size, drift=drift)
 
 
 @torch.no_grad()
@@ -58,7 +83,9 @@ def solve_model(
             statistics[index].key_error = fit.error
             weights = with_linear_keys(weights, fit)
         frequencies = family.frequencies(source, index).double()
-        solved = solve_attention(weights, statistics[index], frequencies, geometry, settings)
+        solved = solve_attention(
+            weights, statistics[index], frequencies, geometry, settings, freqfold=geometry.freqfold_of(index)
+        )
         if geometry.latent_norm:
             solved |= norm_weights(solved, statistics[index].augmented(), geometry.kv_lora_rank)
         for name, value in solved.items():

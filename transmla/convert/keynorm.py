@@ -1,7 +1,8 @@
 """Keys behind a norm as linear maps: the best one, by least squares from streamed moments.
 
 A cached latent is linear in the attention's input x, so a normalised key k̂ = norm(W x) has to be. The best map of
-[x; 1] is E[k̂ [x;1]^T] E[[x;1] [x;1]^T]^{-1}; what it leaves unexplained is reported, and recovery trains it on.
+[x; 1] is E[k̂ [x;1]^T] E[[x;1] [x;1]^T]^{-1}, the mean taken half over all tokens, half over those that are attended to
+(a key that nobody looks at may be wrong). What it leaves unexplained over all tokens is reported.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ def fit_keys(source: SourceAttention, statistics: LayerStatistics) -> KeyFit:
         source: its `key_norm` is there.
         statistics: with `key_cross` and `key_energy`.
     """
-    moment, cross, energy = statistics.augmented(), statistics.key_cross, statistics.key_energy
+    everywhere, plain_cross, energy = statistics.augmented(), statistics.key_cross, statistics.key_energy
+    moment = (everywhere + statistics.augmented_attended()) / 2
+    cross = (plain_cross + statistics.attended_key_cross) / 2
     linear = source.key * source.key_norm.weight[:, None]  # [G, d, D1]
     scale = (linear * cross).sum((1, 2)) / torch.einsum("gwx,xy,gwy->g", linear, moment, linear).clamp_min(1e-30)
     prior = scale[:, None, None] * linear
     ridge = RIDGE * moment.diagonal().mean()
     damped = moment + ridge * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     maps = prior + torch.linalg.solve(damped, (cross - prior @ moment).mT).mT
-    left = energy - 2 * (maps * cross).sum((1, 2)) + torch.einsum("gwx,xy,gwy->g", maps, moment, maps)
-    variance = energy - cross[..., -1].square().sum(1)
+    left = energy - 2 * (maps * plain_cross).sum((1, 2)) + torch.einsum("gwx,xy,gwy->g", maps, everywhere, maps)
+    variance = energy - plain_cross[..., -1].square().sum(1)
     return KeyFit(maps=maps, error=(left / variance.clamp_min(1e-30)).clamp_min(0.0))
 
 

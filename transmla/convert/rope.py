@@ -62,6 +62,7 @@ def decouple_rope(
     *,
     freqfold: int,
     collapse: int,
+    channels: int,
     distance: Tensor | None,
     mixing: str = "complex",
 ) -> DecoupledRope:
@@ -75,6 +76,7 @@ def decouple_rope(
         second_moment: E[x x^T] of the augmented input, [D1, D1].
         frequencies: [d/2], the source's rotary frequencies.
         freqfold, collapse: a band is `freqfold` neighbouring frequencies, `freqfold / collapse` channels are kept.
+        channels: N; the last band has what is left of them. Frequencies above `collapse * N` keep no rotation.
         distance: [H, L] distribution of attention distances; a lost rotation then becomes the phase of its mean under
             that distribution. None: it becomes 1. (The mean itself also shrinks the logits, as the best constant for
             their squared error does; measured, keeping their size is better: docs/experiments.md.)
@@ -93,18 +95,20 @@ def decouple_rope(
     q_nope = phase.conj()[:, :, None] * q
     k_nope = k.clone()
     q_rope, k_rope = [], []
-    keep = freqfold // collapse
-    for start in range(0, pairs, freqfold):
-        band = slice(start, start + freqfold)
+    rotated = collapse * channels
+    for start in range(0, rotated, freqfold):
+        width = min(freqfold, rotated - start)
+        keep = width // collapse
+        band = slice(start, start + width)
         block = k[:, band].flatten(0, 1)  # [G*F, D1]
         gram = block @ moment @ block.mH
         if mixing == "real":
             gram = gram.real.to(gram.dtype)
         basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :keep]  # k ≈ basis z
         kept = basis.mH @ block  # z: [keep, D1]
-        k_nope[:, band] -= (basis @ kept).unflatten(0, (groups, freqfold))
+        k_nope[:, band] -= (basis @ kept).unflatten(0, (groups, width))
         k_rope.append(kept)
-        mix = basis.unflatten(0, (groups, freqfold))[group_of]  # [H, F, keep]
+        mix = basis.unflatten(0, (groups, width))[group_of]  # [H, F, keep]
         q_rope.append(torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band]))
     return DecoupledRope(
         q_nope=to_real(q_nope),

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from transmla.convert.calibration import LayerStatistics
-from transmla.convert.factorize import joint_key_value, low_rank, norm_cost
+from transmla.convert.factorize import joint_key_value, joint_two_moments, low_rank, norm_cost
 from transmla.convert.rope import DecoupledRope, decouple_rope
 from transmla.families.base import SourceAttention
 from transmla.geometry import MLAGeometry
 from transmla.recipe import Convert
+
+
+RIDGE = 1e-4
 
 
 def solve_attention(
@@ -19,13 +22,15 @@ def solve_attention(
     frequencies: Tensor,
     geometry: MLAGeometry,
     settings: Convert,
+    *,
+    freqfold: int,
 ) -> dict[str, Tensor]:
     """Solve one layer in float64.
 
     Exact when nothing is truncated: one key head, every frequency kept, kv_lora_rank at least 2·d, no query rank.
 
     Args:
-        frequencies: [d/2], the source's rotary frequencies.
+        frequencies: [d/2], the source's rotary frequencies. freqfold: of this layer.
 
     Returns:
         State dict of `MLAAttention` (bias entries included; the caller drops those the student does not have).
@@ -42,33 +47,48 @@ def solve_attention(
         query_moment = statistics.query_moment
     value = source.value[..., :-1]
 
-    # Output variance that a head's values carry: what one unit of its squared logit error costs.
-    spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)  # [H, d, d]
     output = torch.einsum("xhw,xhv->hwv", source.output, source.output)
-    importance = torch.einsum("hwv,hwv->h", spread, output) * source.scaling**2
 
     rope = decouple_rope(
         torch.eye(geometry.head_dim, dtype=key.dtype, device=key.device).expand(heads, -1, -1),
         key,
         augmented,
         frequencies,
-        freqfold=geometry.freqfold,
+        freqfold=freqfold,
         collapse=geometry.collapse,
+        channels=geometry.qk_rope_head_dim // 2,
         distance=statistics.distance if settings.mean_rotation else None,
         mixing=settings.mixing,
     )
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
     k_nope = rope.k_nope[..., :-1]
-    if settings.weighting == "cost":
-        moment = rope.q_nope @ query_moment @ rope.q_nope.mT
-        key_cost = settings.kv_balance * (importance[:, None, None] * moment).unflatten(0, (groups, repeat)).sum(1)
-        value_cost = output.unflatten(0, (groups, repeat)).sum(1)
+    moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]
+    value_cost = output.unflatten(0, (groups, repeat)).sum(1)
+
+    def cost_of_keys(importance: Tensor) -> Tensor:
+        each = (importance * source.scaling**2)[:, None, None] * moment
+        return settings.kv_balance * each.unflatten(0, (groups, repeat)).sum(1)
+
+    if settings.weighting == "attention":
+        # A key error counts where it differs between the tokens of one query, z z^T taken off. Half of the weight stays
+        # on all tokens alike: one that is not attended to must not become so.
+        key_moment = damped((statistics.attended - statistics.averaged + covariance) / 2)
+        value_moment = damped(statistics.averaged)
+        key_cost = cost_of_keys(statistics.logit_cost)
+        down, up_key, up_value = joint_two_moments(
+            k_nope, value, key_moment, value_moment, key_cost, value_cost, geometry.kv_lora_rank
+        )
     else:
-        key_cost = settings.kv_balance * norm_cost(k_nope, statistics.second_moment)
-        value_cost = norm_cost(value, statistics.second_moment)
-    down, up_key, up_value = joint_key_value(
-        k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
-    )
+        if settings.weighting == "input":
+            # Output variance that a head's values carry: what one unit of its squared logit error costs.
+            spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)
+            key_cost = cost_of_keys(torch.einsum("hwv,hwv->h", spread, output))
+        else:
+            key_cost = settings.kv_balance * norm_cost(k_nope, statistics.second_moment)
+            value_cost = norm_cost(value, statistics.second_moment)
+        down, up_key, up_value = joint_key_value(
+            k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
+        )
 
     weights = _queries(source, rope, augmented, geometry)
     up = torch.cat((up_key.repeat_interleave(repeat, 0), up_value.repeat_interleave(repeat, 0)), dim=1)
@@ -83,6 +103,12 @@ def solve_attention(
     if source.output_bias is not None:
         weights["o_proj.bias"] = source.output_bias
     return weights
+
+
+def damped(moment: Tensor) -> Tensor:
+    """A second moment [n, n] with `RIDGE` of its mean eigenvalue added: directions that the calibration text hardly has
+    must not be free."""
+    return moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
 
 
 def _queries(source: SourceAttention, rope: DecoupledRope, augmented: Tensor, geometry: MLAGeometry) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from transmla.modeling.backends import cap
+from transmla.modeling.window import final_softcap
 
 CHUNK = 1024  # tokens whose logits exist at a time
 
@@ -71,3 +72,16 @@ def compare(
     return Quality(
         perplexity=float(torch.exp(nll / count)), kl=float(kl / count), top1=float(agree / count), tokens=count
     )
+
+
+class Judge:
+    """Compares models with one on fixed windows [n, L]; keeps that one's hidden states, not its logits."""
+
+    def __init__(self, source: PreTrainedModel, windows: Tensor, batch_size: int) -> None:
+        self.source, self.windows, self.batch_size = source, windows, batch_size
+        self.hidden = final_hidden(source, windows, batch_size, "original")
+
+    def __call__(self, model: PreTrainedModel, label: str) -> Quality:
+        hidden = self.hidden if model is self.source else final_hidden(model, self.windows, self.batch_size, label)
+        head, other = (one.get_output_embeddings().weight.detach() for one in (model, self.source))
+        return compare(self.windows, hidden, head, self.hidden, other, final_softcap(self.source.config))

@@ -40,7 +40,7 @@ def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -
     return {
         "recipe": recipe.name,
         "source": recipe.model.source,
-        "geometry": geometry.describe(),
+        "geometry": records.get("convert", {}).get("geometry") or geometry.describe(),
         "stages": stages,
         "quality": {name: record["quality"] for name, record in evaluations.items()},
         "layer_errors": {name: record["layer_errors"] for name, record in evaluations.items() if "layer_errors" in record},

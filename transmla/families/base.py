@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
+from transmla.geometry import rope_types
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,6 @@ def shared_frequencies(model: PreTrainedModel, index: int) -> Tensor:
     return model.model.rotary_emb.inv_freq
 
 
-def rope_types(config: PretrainedConfig) -> set[str]:
-    """Kinds of rotary embedding in a configuration, whose parameters may differ by layer type."""
-    parameters = config.rope_parameters or {}
-    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
-    return {entry.get("rope_type", "default") for entry in by_layer or [parameters]}
-
-
 @dataclass(frozen=True)
 class Family:
     """One source architecture.
@@ -107,6 +101,7 @@ class Family:
         shares is in transmla.export.deepseek.
     notice: returns what the user should know about a conversion, or None.
     kernel: transformers' name of the attention that source and student run with by default.
+    plain_residual: whether the attention's output is added to the stream as it is, without a norm in between.
     """
 
     model_type: str
@@ -123,6 +118,7 @@ class Family:
     inexpressible: Callable[[PretrainedConfig], str | None] = lambda config: None
     notice: Callable[[PretrainedConfig], str | None] = lambda config: None
     kernel: str = "sdpa"
+    plain_residual: bool = True
 
     def check(self, config: PretrainedConfig) -> None:
         """Refuse a configuration that the adapter would convert wrongly."""

@@ -59,6 +59,8 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
     fields = source.to_dict()
     for name in DROPPED:
         fields.pop(name, None)
+    if geometry.theta_power != 1.0:
+        fields["rope_parameters"] = _with_theta(fields["rope_parameters"], geometry.theta_power)
     return family.student_config(
         **fields,
         head_dim=geometry.qk_rope_head_dim,
@@ -73,6 +75,12 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_latent_norm=geometry.latent_norm,
         architectures=[family.student_model.__name__],
     )
+
+
+def _with_theta(parameters: dict, power: float) -> dict:
+    """Rotary parameters, possibly by layer type, with every rope_theta raised to a power."""
+    found = {name: _with_theta(value, power) if isinstance(value, dict) else value for name, value in parameters.items()}
+    return found | {"rope_theta": found["rope_theta"] ** power} if "rope_theta" in found else found
 
 
 def build_student(

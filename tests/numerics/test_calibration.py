@@ -36,28 +36,57 @@ def test_moments_do_not_depend_on_batching(split: int) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_distances_and_output_energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transmla.convert.calibration.QUERY_BLOCK", 5)  # blocks must not change the histogram
+def test_what_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every moment against sums over the source's own attention weights, in float64."""
+    monkeypatch.setattr("transmla.convert.attention_moments.QUERY_BLOCK", 5)  # blocks must not change a moment
+    monkeypatch.setattr("transmla.convert.attention_moments.QUERY_STRIDE", 1)
     model = tiny_model()
     model.set_attn_implementation("eager")
-    row = windows(4)[0][:1]
+    rows = windows(4)[0][:2]
     with torch.no_grad():
-        out = model(row, output_attentions=True)
+        out = model(rows, output_attentions=True)
     model.set_attn_implementation("sdpa")
-    statistics = calibrate(model, [row], length=32)
-    for layer, weights in zip(statistics, out.attentions, strict=True):
-        expected = torch.zeros(4, 32, dtype=torch.float64)
+    statistics = calibrate(model, [rows], length=32)
+    inputs = collect_inputs(model, [rows])
+    for index, (layer, weights) in enumerate(zip(statistics, out.attentions, strict=True)):
+        attention, weights = model.model.layers[index].self_attn, weights.double()
+        heads, groups = weights.shape[1], attention.k_proj.out_features // attention.head_dim
+        x = inputs[index].view(2, 32, -1)
+        distance = torch.zeros(heads, 32, dtype=torch.float64)
         for t in range(32):
             for s in range(1, t + 1):  # the first token is a sink and does not count
-                expected[:, t - s] += weights[0, :, t, s].double()
-        expected /= expected.sum(-1, keepdim=True)
-        torch.testing.assert_close(layer.distance, expected, rtol=1e-4, atol=1e-6)
+                distance[:, t - s] += weights[:, :, t, s].sum(0)
+        torch.testing.assert_close(layer.distance, distance / distance.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+        z = torch.einsum("bhts,bsx->bhtx", weights, x)
+        averaged = torch.einsum("bhtx,bhty->xy", z, z) / (heads * 64)
+        attended = torch.einsum("bhts,bsx,bsy->xy", weights, x, x) / (heads * 64)
+        torch.testing.assert_close(layer.averaged, averaged, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.averaged_mean, z.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(layer.attended, attended, rtol=1e-4, atol=1e-6)
+        value = (x @ attention.v_proj.weight.double().T).unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 2)
+        output = attention.o_proj.weight.double().unflatten(1, (heads, -1))
+        through = torch.einsum("bshd,xhd->bhsx", value, output)  # O_h v_s
+        spread = through[:, :, None] - torch.einsum("bhts,bhsx->bhtx", weights, through)[:, :, :, None]
+        cost = (weights.square() * spread.square().sum(-1)).sum((0, 2, 3)) / 64
+        torch.testing.assert_close(layer.logit_cost, cost, rtol=1e-4, atol=1e-6)
     seen = []
     handle = model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: seen.append(out[0]))
     with torch.no_grad():
-        model(row)
+        model(rows)
     handle.remove()
     torch.testing.assert_close(statistics[0].output_mean_square, float(seen[0].square().sum(-1).mean()), rtol=1e-5, atol=0)
+
+
+def test_a_share_of_the_queries_is_enough() -> None:
+    """Every fourth query, another fourth in every row: together they are all of them."""
+    model = tiny_model()
+    rows = windows(4)[0][:1].repeat(4, 1)
+    (some,) = calibrate(model, [rows], length=32)[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transmla.convert.attention_moments.QUERY_STRIDE", 1)
+        (every,) = calibrate(model, [rows], length=32)[:1]
+    torch.testing.assert_close(some.averaged, every.averaged, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(some.attended, every.attended, rtol=1e-4, atol=1e-6)
 
 
 def test_no_text_is_an_error() -> None:

@@ -7,7 +7,6 @@ from transformers import DeepseekV3ForCausalLM
 from tests.conftest import FULL, VOCAB, settings, tiny_model, windows
 from transmla.convert.convert import convert_model
 from transmla.export.deepseek import deepseek_config, export_state
-from transmla.geometry import derive_geometry
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
 CASES = {

@@ -174,20 +174,26 @@ class _Linear(nn.Module):
 
 
 @pytest.mark.parametrize("case", ["qwen3", "gemma3", "qwen3, biases and window"])
-def test_student_equals_a_source_with_linear_keys(case: str) -> None:
+def test_student_equals_a_source_with_linear_keys(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its true norms: the student is the source whose keys are the regressed map, and the regression is that of
-    least squares over the whole text."""
+    least squares, half of the weight on all tokens and half on those attended to."""
+    monkeypatch.setattr("transmla.convert.attention_moments.QUERY_STRIDE", 1)
     family, fields = CASES[case]
     source = tiny_model(family, groups=1, **fields)
     text = torch.cat(windows(64))
     inputs, keys = _observe(source, text)
     statistics = calibrate(source, [text], length=32)
-    chosen = settings(**FULL)
+    chosen = settings(**FULL, refit=False)
+    kernel = source.config._attn_implementation
+    source.set_attn_implementation("eager")
+    received = [weights.double().mean(1).sum(1).flatten() for weights in source(text, output_attentions=True).attentions]
+    source.set_attn_implementation(kernel)
     student = solve_model(source, derive_geometry(source.config, chosen), chosen, statistics)
     for index, layer in enumerate(source.model.layers):
         fit = fit_keys(FAMILIES[family].read_attention(layer.self_attn, source.config, source.device), statistics[index])
         x = F.pad(inputs[index], (0, 1), value=1.0)
-        best = torch.linalg.lstsq(x, keys[index]).solution
+        share = ((1 + received[index]) / 2).sqrt()[:, None]
+        best = torch.linalg.lstsq(share * x, share * keys[index]).solution
         left = (keys[index] - x @ best).square().sum() / (keys[index] - keys[index].mean(0)).square().sum()
         assert float(statistics[index].key_error[0]) == pytest.approx(float(left), rel=1e-2)
         assert 1e-3 < float(left) < 0.9

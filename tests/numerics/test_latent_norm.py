@@ -8,9 +8,8 @@ from tests.conftest import settings, tiny_model, windows
 from tests.numerics.test_exact import TOKENS, difference, stock
 from transmla.convert.convert import convert_model
 from transmla.export.deepseek import blocking_dtype, blocking_feature, export_state
-from transmla.geometry import derive_geometry
 
-TRUNCATED = dict(qk_rope_head_dim=8, kv_lora_rank=24)
+TRUNCATED = dict(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2)
 
 
 def student_of(family: str = "llama", query_rank: int | None = None, *, norm: bool = True, **fields):
@@ -105,4 +104,4 @@ def test_what_cannot_be_exported() -> None:
 def test_float16_export_with_a_real_norm() -> None:
     student = student_of().half().float()  # weights that float16 holds
     exported: DeepseekV3ForCausalLM = stock(student, "compact", torch.float16).float()
-    assert difference(student, exported) <= 5e-3  # alpha rounds the trunk
+    assert difference(student, exported) <= 1e-2  # alpha rounds the trunk

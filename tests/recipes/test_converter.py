@@ -111,7 +111,7 @@ def test_the_stock_checkpoint_is_the_student(model: str, tmp_path, capsys) -> No
 
 
 def test_float16(model: str, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.export.publish.score_in_fresh_process", lambda *files: score(*map(str, files)))
+    monkeypatch.setattr("transmla.export.publish.score_in_fresh_process", lambda *files, **_: score(*map(str, files)))
     half = [*SMALL, "--dtype", "fp16"]
     assert main(["--model-path", model, "--save-path", str(tmp_path / "no"), *half, "--deepseek-style"]) == 2
     assert "error: --dtype: float16 cannot hold the linear latent norm" in capsys.readouterr().err

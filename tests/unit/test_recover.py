@@ -9,7 +9,6 @@ from datasets import Dataset
 
 from tests.conftest import settings, tiny_model, windows
 from transmla.convert.convert import convert_model
-from transmla.geometry import derive_geometry
 from transmla.modeling.student import ATTENTION
 from transmla.recipe import Distill, Layerwise
 from transmla.recover.run import build_trainer, run_stage, trainer_config

@@ -13,7 +13,7 @@ from transmla.geometry import MLAGeometry
 from transmla.recipe import Convert
 
 
-RIDGE = 1e-4
+RIDGE = 1e-3  # of the mean eigenvalue; little text needs it (2,048 tokens: KL 1.41 in place of 1.99), much does not mind
 
 
 def solve_attention(

@@ -39,4 +39,5 @@ GEMMA2 = Family(
     refuse=refuse_bidirectional,
     inexpressible=lambda config: "Gemma 2's trunk (norms behind each block, GeGLU, soft-capped logits) is not DeepSeek's",
     kernel="eager",  # PyTorch's fused attention has no cap on the logits
+    plain_residual=False,
 )

@@ -46,4 +46,5 @@ GEMMA3 = Family(
     output_bias=lambda config: config.attention_bias,
     refuse=refuse_bidirectional,
     inexpressible=lambda config: "Gemma 3's trunk (norms behind each block and on queries, GeGLU) is not DeepSeek's",
+    plain_residual=False,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from transmla.artifacts import RECORD, fingerprint, publishing, read_record, versions
 from transmla.errors import RecipeError
-from transmla.evaluate.conversion import Converted, convert_and_compare
+from transmla.evaluate.conversion import Measured, convert_and_compare
 from transmla.hardware import peak_memory
 from transmla.pipeline import Pipeline
 from transmla.preflight import Prepared
@@ -51,7 +51,7 @@ class ConvertRun(Pipeline):
         """Windows of calibration text, [n, L]."""
         return self._calibration_windows()
 
-    def _convert(self, measure: bool, record: dict[str, Any]) -> Converted:
+    def _convert(self, measure: bool, record: dict[str, Any]) -> Measured:
         """The conversion; what it found goes into the record."""
         section = self.recipe.evaluate
         windows = None
@@ -67,6 +67,8 @@ class ConvertRun(Pipeline):
         record["tokens"] = self.calibration.numel()
         record["dataset"] = section.data[0]
         record["conversion"] = done.describe()
+        for line in done.conversion.notes():
+            self.say(f"[{self.recipe.name}] {line}")
         return done
 
     def save(self, folder: Path, *, stock: bool, measure: bool) -> str:
@@ -80,7 +82,7 @@ class ConvertRun(Pipeline):
             if stock:
                 self._save_stock(done, scratch, record)
             else:
-                self._save_student(done.student, scratch)
+                self._save_student(done.conversion.student, scratch)
 
         folder = folder.resolve()  # the temporary folder lies beside it
         export = self.recipe.export.model_dump(mode="json") if stock else None
@@ -89,13 +91,13 @@ class ConvertRun(Pipeline):
         assert record is not None, "it was just made, or is current"
         return render(record, folder)
 
-    def _save_stock(self, done: Converted, scratch: Path, record: dict[str, Any]) -> None:
+    def _save_stock(self, done: Measured, scratch: Path, record: dict[str, Any]) -> None:
         from transmla.export.publish import verify_export, write_checkpoint
 
         section, dtype = self.recipe.export, self._export_dtype()
-        write_checkpoint(done.student, self.tokenizer, section, dtype, scratch)
+        write_checkpoint(done.conversion.student, self.tokenizer, section, dtype, scratch)
         tokens = self.calibration[:1, : section.verify.tokens]
-        student = done.student.float().cpu()
+        student = done.conversion.student.float().cpu()
         record["max_abs_logprob_diff"] = verify_export(scratch, student, tokens, section.verify, dtype)
 
     def compare(self) -> dict[str, Any]:
@@ -105,11 +107,11 @@ class ConvertRun(Pipeline):
             started = time.monotonic()
             done = self._convert(True, record)
             kept = {"name": "convert", "fingerprint": self.digests.convert, "versions": versions()}
-            kept |= {"tokens": record["tokens"], "seconds": round(time.monotonic() - started, 1)}
+            kept |= done.conversion.record() | {"tokens": record["tokens"], "seconds": round(time.monotonic() - started, 1)}
             kept["peak_memory_bytes"] = peak_memory(self.prepared.device)
             with publishing(self.out / "converted", kept) as folder:
                 self._save_recipe(folder)
-                self._save_converted(done.student, [layer.output_mean_square for layer in done.statistics], folder)
+                self._save_converted(done.conversion.student, done.conversion.output_scales, folder)
 
         self._make(self.out / "comparison", self._digest(), self.recipe.name, build)
         record = read_record(self.out / "comparison")
@@ -146,5 +148,4 @@ def render(record: dict[str, Any], folder: Path) -> str:
         f"({found['saving_percent']} % less), freqfold {_folds(found['freqfold'])}, collapse {found['collapse']}",
         f"saved         {folder} ({record['seconds']} s, at most {record['peak_memory_bytes'] / 2**30:.2f} GiB)",
     ]
-    lines += [f"chosen        {line}" for line in found["choices"]]
     return "\n".join(lines)

@@ -84,6 +84,10 @@ def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else _count(1)(text)
 
 
+def _collapse(text: str) -> int | str:
+    return text if text in ("auto", "search") else _count(1)(text)
+
+
 def _count_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else _count(1)(text)
 
@@ -122,11 +126,11 @@ def parser() -> argparse.ArgumentParser:
     add("--ppl-eval-tokens", type=_count(2), default=1_000_000, help="at most so many tokens (default: 1,000,000)")
     add("--ppl-eval-seqlen", type=_count(2), default=2048, help="tokens a window of perplexity (default: 2048)")
     add("--freqfold", type=_count_or_auto, default="auto", help="neighbouring frequencies in one band, or auto")
-    add("--collapse", type=_count_or_auto, help="head dimension / --qk-mqa-dim (default), a smaller number, or auto: search")
+    add("--collapse", type=_collapse, default="auto", help="auto: head dimension / --qk-mqa-dim; a smaller number; search")
     add("--qk-mqa-dim", type=_count(1), default=64, help="dimension of the rope head (default: 64)")
     add("--q-lora-rank", type=_count_or_none, help="rank of the queries, or None for full rank (default)")
     add("--kv-lora-rank", type=_count(1), default=512, help="dimension of the latent (default: 512)")
-    add("--balance-kv-ratio", type=_ratio, help="weight of keys against values (default: 1 with --method transmla)")
+    add("--balance-kv-ratio", type=_ratio, help="weight of keys against values (default: 1)")
     add("--use-qkv-norm", action="store_true", help="real RMSNorms on the latents, as DeepSeek has")
     add("--method", choices=["default", "transmla"], default="default", help="this project's solution, or the paper's")
     add("--deepseek-style", action="store_true", help="write a stock deepseek_v3 checkpoint")
@@ -142,13 +146,6 @@ def method_keys(method: str, balance: float | None) -> dict[str, Any]:
     The published ratio is one of norms, the recipe's kv_balance one of energies: its square.
     """
     return {"method": method} | ({} if balance is None else {"kv_balance": balance**2})
-
-
-def _collapse(args: argparse.Namespace) -> int | str:
-    """The published `auto` is the natural one; with our method it is searched."""
-    if args.collapse is None or (args.collapse == "auto" and args.method == "transmla"):
-        return "natural"
-    return args.collapse
 
 
 def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +176,7 @@ def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
             "kv_lora_rank": args.kv_lora_rank,
             "q_lora_rank": args.q_lora_rank,
             "freqfold": args.freqfold,
-            "collapse": _collapse(args),
+            "collapse": {"auto": "natural", "search": "auto"}.get(args.collapse, args.collapse),
             "latent_norm": args.use_qkv_norm,
             **method_keys(args.method, args.balance_kv_ratio),
             "calibration": {

@@ -86,9 +86,14 @@ def derive_geometry(
         RecipeError: a rank above what the model has, a rope dimension that is odd or above the head dimension, a
             collapse whose channels the head does not have, a freqfold that collapse does not divide.
 
-    What is still `auto` gets a provisional value: half of a head for the rope head where it fits, one channel a band.
+    What is still `auto` gets a provisional value: the first of `candidates`, and one channel a band.
     """
-    convert = provisional(config, convert)
+    if "auto" in (convert.qk_rope_head_dim, convert.kv_lora_rank, convert.collapse):
+        convert = candidates(config, convert)[0]
+    return _derive(config, convert, freqfold)
+
+
+def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None) -> MLAGeometry:
     hidden, heads = config.hidden_size, config.num_attention_heads
     groups, head_dim = config.num_key_value_heads or heads, head_dimension(config)
     rope = convert.qk_rope_head_dim
@@ -104,7 +109,7 @@ def derive_geometry(
             f"{rope} does not divide the head dimension {head_dim}; use one of "
             f"{[n for n in range(2, head_dim + 1, 2) if head_dim % n == 0]}, or name convert.collapse (1 to {natural})",
         )
-    collapse = natural if convert.collapse in ("natural", "auto") else convert.collapse
+    collapse = natural if convert.collapse == "natural" else convert.collapse
     if collapse * channels > pairs:
         raise RecipeError(
             "convert.collapse",
@@ -165,17 +170,33 @@ def rope_types(config: PretrainedConfig) -> set[str]:
     return {entry.get("rope_type", "default") for entry in by_layer or [parameters]}
 
 
-def provisional(config: PretrainedConfig, convert: Convert) -> Convert:
-    """The settings with dimensions that are still `auto` filled in, so that a plan can be made."""
-    rope, latent, values = convert.qk_rope_head_dim, convert.kv_lora_rank, convert.cached_values
+def candidates(config: PretrainedConfig, convert: Convert) -> list[Convert]:
+    """All settings with dimensions and collapse filled in where they are `auto`, as far as the source allows them.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    dim, values = head_dimension(config), convert.cached_values
+    rope, latent = convert.qk_rope_head_dim, convert.kv_lora_rank
     if rope == "auto":
-        half = head_dimension(config) // 2
-        rope = half if latent == "auto" else values - latent
-        while latent == "auto" and rope > 2 and 2 * rope > values:
-            rope //= 2
-    if latent == "auto":
-        latent = values - rope
-    for name, value in (("qk_rope_head_dim", rope), ("kv_lora_rank", latent)):
-        if value < 1:
-            raise RecipeError("convert.cached_values", f"{values} leaves {value} for {name}; use more")
-    return convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": latent})
+        smallest = min(8, dim)
+        ropes = [n for n in range(smallest, dim + 1, 2) if dim % n == 0] if latent == "auto" else [values - latent]
+    else:
+        ropes = [rope]
+    found, reason = [], None
+    for rope in sorted(ropes, key=lambda n: abs(n - dim // 2)):
+        rank = values - rope if latent == "auto" else latent
+        most = max(1, dim // rope) if rope > 0 else 1
+        for collapse in range(most, max(0, most - 3), -1) if convert.collapse == "auto" else [convert.collapse]:
+            option = convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": rank, "collapse": collapse})
+            try:
+                if rope < 2 or rank < 1:
+                    raise RecipeError("convert.cached_values", f"{values} is too little for rope {rope} + latent {rank}")
+                _derive(config, option, None)
+            except RecipeError as error:
+                reason = reason or error
+            else:
+                found.append(option)
+    if not found:
+        raise reason if reason is not None else RecipeError("convert.cached_values", f"{values} fits no rope head")
+    return found

@@ -48,8 +48,8 @@ def use_cores(wanted: int | str, processes_here: int) -> None:
     torch.set_num_threads(int(wanted))
 
 
-def require_disk(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes are free where `folder` will be.
+def require_disk(folder: Path, needed: int, key: str = "output_dir") -> None:
+    """Check that `needed` bytes are free where `folder` will be. key: the recipe's, for the message.
 
     Raises:
         RecipeError: they are not.
@@ -60,7 +60,7 @@ def require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise RecipeError(
-            "output_dir", f"{needed / 2**30:.1f} GiB are needed below {folder}, {free / 2**30:.1f} are free; make room"
+            key, f"{needed / 2**30:.1f} GiB are needed below {folder}, {free / 2**30:.1f} are free; make room"
         )
 
 

@@ -85,7 +85,6 @@ class Pipeline(Maker):
     def convert(self) -> None:
         """Stage one: the student before any training."""
         from transmla.convert.convert import convert_model
-        from transmla.convert.keynorm import describe_key_errors
 
         if self.prepared.notice:
             self.say(f"[convert] {self.prepared.notice}")
@@ -93,14 +92,10 @@ class Pipeline(Maker):
         def build(scratch: Path, record: dict[str, Any]) -> None:
             windows = self._calibration_windows()
             done = convert_model(self.teacher, self.recipe.convert, windows)
-            record["tokens"] = windows.numel()
-            record["geometry"], record["choices"] = done.geometry.describe(), done.choices
-            for line in done.choices:
+            record |= {"tokens": windows.numel()} | done.record()
+            for line in done.notes():
                 self.say(f"[convert] {line}")
-            if done.statistics[0].key_error is not None:
-                record["key_regression_error"] = [float(layer.key_error.mean()) for layer in done.statistics]
-                self.say(f"[convert] {describe_key_errors(record['key_regression_error'])}")
-            self._save_converted(done.student, [layer.output_mean_square for layer in done.statistics], scratch)
+            self._save_converted(done.student, done.output_scales, scratch)
 
         self._make(self.out / "converted", self.digests.convert, "convert", build)
 

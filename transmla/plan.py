@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, student_config
-from transmla.recipe import AnyStage, Recipe
+from transmla.recipe import AnyStage, Convert, Recipe
 
 if TYPE_CHECKING:
     from transmla.preflight import Prepared
@@ -88,6 +88,14 @@ def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype:
     return models + exported + states + checkpoints
 
 
+def _searched(section: Convert) -> str:
+    names = ("qk_rope_head_dim", "kv_lora_rank", "collapse", "freqfold", "mean_rotation")
+    free = [name for name in names if getattr(section, name) == "auto"]
+    provisional = [name for name in free if name not in ("freqfold", "mean_rotation")]
+    shown = f"; the {', '.join(provisional)} of this plan are one of the candidates" if provisional else ""
+    return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
+
+
 def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     """The text that `dry_run=true` prints."""
     recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
@@ -99,10 +107,11 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"source       {recipe.model.source} ({config.model_type}, {g.num_hidden_layers} layers, hidden {g.hidden_size}, "
         f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
         f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
-        f"{g.v_head_dim}, query {query}, freqfold {g.freqfold}, collapse {g.collapse}",
+        f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
         f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
         f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
+        *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
         "",
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "

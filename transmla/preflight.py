@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
+from transmla.convert.refit import stream_bytes
 from transmla.data.sources import check_dataset
 from transmla.errors import RecipeError
 from transmla.export.formats import Format, choose_format
 from transmla.families import family_of
-from transmla.geometry import MLAGeometry, derive_geometry
+from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
@@ -59,11 +61,19 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     if family.head_norms is not None and recipe.convert.q_lora_rank is not None:
         raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
     export = choose_format(recipe.export, student, dtype) if exports else Format(student.model_type)
+    section = recipe.convert
+    for option in candidates(config, section) if exports else []:  # whatever a search chooses must be exportable
+        choose_format(recipe.export, student_config(config, derive_geometry(config, option), family), dtype)
+    if section.searched and section.calibration.tokens < 2 * section.calibration.max_length:
+        raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
     _check_data(recipe, config)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
         missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - _already(output)
         require_disk(output, max(missing, 0))
+        if section.refit:
+            streams = stream_bytes(section.calibration.tokens, config.hidden_size, dtype)
+            require_disk(Path(tempfile.gettempdir()), streams, "convert.refit")
     return Prepared(recipe, config, geometry, device, dtype, output, export, family.notice(config))
 
 

@@ -88,8 +88,8 @@ METHODS: dict[str, dict[str, Any]] = {
 class Convert(Section):
     """Dimensions and method of the conversion (docs/conversion.md).
 
-    `auto` is chosen on a part of the calibration text that the moments were not measured on: freqfold by layer (one
-    for all with `method: transmla`, as published), then what else is `auto` among dimensions and collapse.
+    `auto` is chosen on a part of the calibration text that the moments were not measured on: first mean rotation, then
+    dimensions and collapse, then freqfold by layer (one for all with `method: transmla`, as published).
     `cached_values` is what rope head and latent have together where one of them is `auto`.
     """
 
@@ -112,7 +112,8 @@ class Convert(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_method(cls, tree: Any) -> Any:
-        return METHODS.get(tree.get("method", "default"), {}) | tree if isinstance(tree, dict) else tree
+        method = tree.get("method", "default") if isinstance(tree, dict) else None
+        return METHODS.get(method, {}) | tree if isinstance(method, str) else tree
 
     @model_validator(mode="after")
     def _budget(self) -> Convert:

@@ -1,5 +1,8 @@
 """Streamed statistics against the same numbers from whole tensors."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -92,3 +95,14 @@ def test_a_share_of_the_queries_is_enough() -> None:
 def test_no_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="calibration.data"):
         calibrate(tiny_model(), [], length=32)
+
+
+def test_moments_do_not_outlive_the_calibration() -> None:
+    """Neither sums nor the source hang on in a registry: for a large model they are tens of gigabytes."""
+    model = tiny_model("qwen3")
+    calibrate(model, [windows(4)[0]], length=32)
+    module = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+    assert module() is None
+    assert not [thing for thing in gc.get_objects() if type(thing).__name__ == "_Accumulator"]

@@ -5,10 +5,10 @@ import torch
 
 from tests.conftest import settings, tiny_model, windows
 from transmla.convert.convert import convert_model
-from transmla.convert.search import candidates, split
+from transmla.convert.search import split
 from transmla.errors import RecipeError
 from transmla.export.deepseek import deepseek_config, export_state
-from transmla.geometry import derive_geometry
+from transmla.geometry import candidates, derive_geometry
 
 ROWS = torch.cat(windows(32))
 
@@ -42,8 +42,8 @@ def test_published_method_searches_one_freqfold_for_all() -> None:
 
 def test_dimensions_fill_the_budget() -> None:
     chosen = settings(qk_rope_head_dim="auto", kv_lora_rank="auto", cached_values=24, collapse="auto", freqfold="auto")
-    tried = candidates(tiny_model(), chosen)
-    assert {(c.qk_rope_head_dim, c.kv_lora_rank) for c in tried} == {(8, 16), (16, 8)}
+    tried = candidates(tiny_model().config, chosen)
+    assert {(c.qk_rope_head_dim, c.kv_lora_rank, c.collapse) for c in tried} == {(8, 16, 2), (8, 16, 1), (16, 8, 1)}
     found = convert_model(tiny_model(), chosen, ROWS)
     assert found.geometry.cache == 24 and found.student.config.kv_lora_rank == found.geometry.kv_lora_rank
     with pytest.raises(ValueError, match="cached_values"):
@@ -95,3 +95,34 @@ def test_impossible_channels_are_refused() -> None:
     ).config  # fmt: skip
     with pytest.raises(RecipeError, match="scales its frequencies"):
         derive_geometry(llama3, settings(kv_lora_rank=12, qk_rope_head_dim=8, collapse=1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(qk_rope_head_dim="auto", kv_lora_rank="auto", cached_values=76),  # half a head would leave too high a rank
+        dict(qk_rope_head_dim="auto", kv_lora_rank="auto", cached_values=12),
+        dict(qk_rope_head_dim="auto", kv_lora_rank=4, cached_values=12),
+        dict(qk_rope_head_dim="auto", kv_lora_rank="auto", cached_values=24, collapse=2, freqfold="auto"),
+        dict(qk_rope_head_dim=4, kv_lora_rank=8, collapse="auto", freqfold=4),
+    ],
+)
+def test_candidates_are_possible(fields: dict) -> None:
+    """Each of them passes every check, so that a search does not end in a refusal."""
+    config = tiny_model().config
+    tried = candidates(config, settings(**fields))
+    for option in tried:
+        geometry = derive_geometry(config, option)
+        assert geometry.cache == fields.get("cached_values", geometry.cache)
+    assert derive_geometry(config, settings(**fields)) == derive_geometry(config, tried[0])
+
+
+def test_nothing_fits() -> None:
+    config = tiny_model().config
+    with pytest.raises(RecipeError, match="convert"):
+        derive_geometry(config, settings(qk_rope_head_dim="auto", kv_lora_rank="auto", cached_values=7))
+
+
+def test_one_window_cannot_be_searched_on() -> None:
+    with pytest.raises(RecipeError, match="one window"):
+        convert_model(tiny_model(), settings(qk_rope_head_dim=8, kv_lora_rank=12), ROWS[:1])

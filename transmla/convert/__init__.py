@@ -1,1 +1,1 @@
-"""Conversion: calibration, decoupling of RoPE, joint low rank. Pure float64 mathematics around one streaming pass."""
+"""Conversion: calibration, decoupling of RoPE, joint low rank, refit, search (docs/conversion.md)."""

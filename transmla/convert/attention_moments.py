@@ -66,7 +66,7 @@ class AttentionMoments:
         for rows in chosen.split(QUERY_BLOCK):
             columns = position[: rows[-1] + 1]
             delta = rows[:, None] - columns[None, :]
-            logits = cap((query[:, rows] @ key[:, columns].mT).float() * scaling, softcap)
+            logits = cap(query[:, rows].float() @ key[:, columns].float().mT * scaling, softcap)
             hidden = delta < 0 if window is None else (delta < 0) | (delta >= window)
             weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
             averaged = (weights @ x[columns]).flatten(0, 1)
@@ -91,7 +91,7 @@ class AttentionMoments:
         cross = out @ self.gram @ value.mT
         own = torch.einsum("htd,hde,hte->ht", out, self.gram, out)
         terms = squares * (size[:, None] - 2 * cross + own[..., None])
-        self.logit_cost += terms.sum((1, 2)).double()
+        self.logit_cost += terms.clamp_min(0.0).sum((1, 2)).double()
 
     def result(self) -> dict[str, Tensor]:
         """The fields of `LayerStatistics`."""

@@ -198,6 +198,7 @@ def _recording(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulato
         yield
     finally:
         model.config._attn_implementation = previous
+        known.clear()  # the registry keeps the function, and it would keep every moment
         for handle in handles:
             handle.remove()
 
@@ -233,4 +234,4 @@ def calibrate(
             model.model(input_ids=batch.to(model.device), use_cache=False)
     if not next(iter(accumulators.values())).tokens:
         raise ValueError("convert.calibration.data: no text to calibrate on; name a dataset that has some")
-    return [accumulator.result() for accumulator in accumulators.values()]
+    return [accumulators.pop(module).result() for module in list(accumulators)]  # a layer's sums go as its means come

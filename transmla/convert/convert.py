@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate
-from transmla.convert.keynorm import fit_keys, with_linear_keys
+from transmla.convert.keynorm import describe_key_errors, fit_keys, with_linear_keys
 from transmla.convert.latent_norm import norm_weights
 from transmla.convert.refit import refit_outputs
 from transmla.convert.search import search, split
@@ -37,11 +38,29 @@ class Conversion:
     fitted_on: Tensor
 
 
+    def record(self) -> dict[str, Any]:
+        """What an artifact keeps of it: tokens, dimensions, choices, and what linear keys lose."""
+        kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
+        if self.statistics[0].key_error is not None:
+            kept["key_regression_error"] = [float(layer.key_error.mean()) for layer in self.statistics]
+        return kept
+
+    def notes(self) -> list[str]:
+        """Sentences for the user."""
+        errors = self.record().get("key_regression_error")
+        return self.choices + ([describe_key_errors(errors)] if errors else [])
+
+    @property
+    def output_scales(self) -> list[float]:
+        """E|o|² of every attention of the source."""
+        return [layer.output_mean_square for layer in self.statistics]
+
+
 def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -> Conversion:
     """Turn a GQA model into an MLA student that shares its trunk.
 
     Args:
-        windows: calibration tokens, [n, L]. Where something is `auto`, an eighth is held out to choose by.
+        windows: calibration tokens, [n, L]. Where something is `auto`, an eighth (at most 8,192 tokens) is held out to choose by.
     """
     windows, held_out = split(windows, settings)
     batches = windows.split(settings.calibration.batch_size)

@@ -9,9 +9,10 @@ streams of source and student before the layer, δ the share of their drift that
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # ε in units of the mean of E[a²]
-SHARE = 8  # one window in so many judges ε
+SHARE = 8  # one window in so many judges ε, one of all where there are fewer
+UNJUDGED = 1e-2  # ε where there is only one window
 
 
 class Stream:
@@ -29,6 +31,8 @@ class Stream:
 
     def __init__(self, file: Path, states: tuple[int, int, int], dtype: torch.dtype) -> None:
         count = states[0] * states[1] * states[2]
+        with file.open("wb") as room:  # a file with holes would fail on a full disk without a word
+            os.posix_fallocate(room.fileno(), 0, count * dtype.itemsize)
         self.states = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(states)
 
     def read(self, rows: slice, device: torch.device) -> Tensor:
@@ -127,15 +131,20 @@ def ridge_update(moments: Moments, damping: float) -> Tensor:
     return torch.linalg.solve(damped, moments.cross.mT).mT
 
 
-def choose_damping(fit: Moments, judge: Moments) -> float:
-    """The ε of `DAMPINGS` whose update from `fit` leaves the least error on `judge`."""
+def choose_damping(fit: Moments, judge: Moments) -> float | None:
+    """The ε of `DAMPINGS` whose update from `fit` leaves the least error on `judge`; None where no update is best."""
     if not judge.tokens:
-        return 1e-3
+        return UNJUDGED
     left = []
     for damping in DAMPINGS:
         update = ridge_update(fit, damping)
         left.append(float(((update @ judge.gram) * update).sum() - 2 * (update * judge.cross).sum()))
-    return DAMPINGS[min(range(len(left)), key=left.__getitem__)]
+    return DAMPINGS[min(range(len(left)), key=left.__getitem__)] if min(left) < 0 else None
+
+
+def stream_bytes(tokens: int, hidden: int, dtype: torch.dtype) -> int:
+    """Bytes of the files that a refit on so many tokens needs."""
+    return 2 * tokens * hidden * dtype.itemsize
 
 
 @torch.no_grad()
@@ -144,8 +153,9 @@ def refit_outputs(
 ) -> None:
     """Refit every `o_proj` of a student in place.
 
-    Costs one pass of the source and little more than one of the student. Memory: O(D²) and one batch; the streams of
-    both lie in files below the system's temporary folder (TMPDIR), 2 n L D numbers.
+    Costs a pass of the source, a pass of the student and a second one of its attentions, and a forward of each for every
+    size of batch. Memory: O(D²) and one batch; the streams of both lie in files below the system's temporary folder
+    (TMPDIR), `stream_bytes` in all.
 
     Args:
         windows: calibration tokens, [n, L]. drift: δ, 0 where the source puts a norm behind its attention.
@@ -154,19 +164,21 @@ def refit_outputs(
         raise ValueError("source and student must attend by the same kernel")
     shape = (*windows.shape, source.config.hidden_size)
     device, dtype = source.device, source.dtype
+    share = min(SHARE, len(windows))
     rows = [slice(start, start + batch_size) for start in range(0, len(windows), batch_size)]
     with tempfile.TemporaryDirectory() as folder:
         original = Stream(Path(folder) / "source", shape, dtype)
         own = Stream(Path(folder) / "student", shape, dtype)
         with _listen(source.model.layers[0], inputs=True) as first:
             stop = source.model.layers[0].register_forward_pre_hook(_stop)
-            for part in rows:
-                try:
-                    source.model(input_ids=windows[part].to(device), use_cache=False)
-                except _Reached:
+            try:
+                for part in rows:
+                    with suppress(_Reached):
+                        source.model(input_ids=windows[part].to(device), use_cache=False)
                     original.write(part, first[0])
                     own.write(part, first[0])
-            stop.remove()
+            finally:
+                stop.remove()
         one, other = Layers(source), Layers(student)
         for index in tqdm(range(len(source.model.layers)), desc="refit", unit="layer"):
             attention = other.layers[index].self_attn
@@ -184,11 +196,11 @@ def refit_outputs(
                 inputs = heads[0].float()
                 wanted = target[0].float() + drift * (before.float() - mine.float())
                 error = (wanted - (inputs @ weight.mT + bias)).float()
-                judges = torch.arange(part.start, part.start + len(batch)) % SHARE == SHARE - 1
+                judges = torch.arange(part.start, part.start + len(batch)) % share == 1
                 for moments, chosen in ((fit, ~judges), (judge, judges)):
                     moments.add(error[chosen].flatten(0, 1), inputs[chosen].flatten(0, 1))
-            update = ridge_update(fit + judge, choose_damping(fit, judge))
-            projection.weight.copy_(projection.weight.double() + update)
+            if (damping := choose_damping(fit, judge)) is not None:
+                projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
             for part in rows:
                 own.write(part, other.run(index, own.read(part, device), windows[part]))
 

@@ -9,48 +9,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics
+from transmla.errors import RecipeError
 from transmla.evaluate.perplexity import Judge
-from transmla.geometry import MLAGeometry, derive_geometry, full_rank, head_dimension
+from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.recipe import Convert
 from transmla.recover.layerwise import attention_errors
 
-SHARE = 8  # one window in so many is held out
-TOKENS = 8192  # at most so many held-out tokens
+SHARE = 8  # one window in so many is held out,
+TOKENS = 8192  # but not more than so many tokens
 
 Solver = Callable[[Convert, MLAGeometry], PreTrainedModel]
 
 
 def split(windows: Tensor, settings: Convert) -> tuple[Tensor, Tensor | None]:
-    """Calibration windows [n, L] to measure on, and those held out for a search, or None where nothing is searched."""
-    if not settings.searched or len(windows) < 2:
+    """Calibration windows [n, L] to measure on, and those held out for a search, or None where nothing is searched.
+
+    Raises:
+        RecipeError: there is one window, and something to search.
+    """
+    if not settings.searched:
         return windows, None
+    if len(windows) < 2:
+        raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
     count = max(1, min(len(windows) // SHARE, TOKENS // windows.shape[1]))
     chosen = torch.linspace(0, len(windows) - 1, count + 2)[1:-1].round().long()  # spread over the text's domains
     keep = torch.ones(len(windows), dtype=torch.bool)
     keep[chosen] = False
     return windows[keep], windows[~keep]
-
-
-def candidates(source: PreTrainedModel, settings: Convert) -> list[Convert]:
-    """Dimensions and collapse that fill what is `auto`, as far as the source's head allows."""
-    dim = head_dimension(source.config)
-    values = settings.cached_values
-    ropes = [settings.qk_rope_head_dim]
-    if settings.qk_rope_head_dim == "auto":
-        ropes = [n for n in range(2, dim + 1, 2) if dim % n == 0 and n >= 8]
-        if settings.kv_lora_rank != "auto":
-            ropes = [values - settings.kv_lora_rank]
-    found = []
-    for rope in ropes:
-        latent = settings.kv_lora_rank if settings.kv_lora_rank != "auto" else values - rope
-        if not 8 <= latent <= full_rank(source.config):
-            continue
-        most = dim // rope
-        for collapse in range(max(1, most - 2), most + 1) if settings.collapse == "auto" else [settings.collapse]:
-            found.append(
-                settings.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": latent, "collapse": collapse})
-            )
-    return found
 
 
 def search(
@@ -80,11 +65,11 @@ def search(
         return options[min(range(len(options)), key=scores.__getitem__)]
 
     if settings.mean_rotation == "auto":
-        tried = [first.model_copy(update={"mean_rotation": flag}) for first in candidates(source, settings)[:1] for flag in (True, False)]
+        tried = [first.model_copy(update={"mean_rotation": flag}) for first in candidates(source.config, settings)[:1] for flag in (True, False)]
         chosen = best(tried, lambda option: f"mean_rotation {option.mean_rotation}")
         settings = settings.model_copy(update={"mean_rotation": chosen.mean_rotation})
     settings = best(
-        candidates(source, settings),
+        candidates(source.config, settings),
         lambda option: f"rope {option.qk_rope_head_dim} + latent {option.kv_lora_rank}, collapse {option.collapse}",
     )
     geometry = derive_geometry(source.config, settings)

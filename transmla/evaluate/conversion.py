@@ -8,32 +8,23 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from transmla.convert.calibration import LayerStatistics
-from transmla.convert.convert import convert_model, refit_model, solve_model
+from transmla.convert.convert import Conversion, convert_model, refit_model, solve_model
 from transmla.evaluate.perplexity import Judge, Quality
-from transmla.geometry import MLAGeometry, full_rank
+from transmla.geometry import full_rank
 from transmla.recipe import Convert
 
 
 @dataclass(frozen=True)
-class Converted:
-    """A conversion and what it cost.
+class Measured:
+    """A conversion and the quality of `original`, `partial_rope` and `mla` against the original; empty without windows."""
 
-    student: MLA, in the source's dtype. settings, geometry: with what a search chose. statistics: by layer. choices: a
-    line for each decision of a search.
-    quality: of `original`, `partial_rope` and `mla`, KL and top-1 against the original; empty without windows.
-    """
-
-    student: PreTrainedModel
-    settings: Convert
-    geometry: MLAGeometry
-    statistics: list[LayerStatistics]
-    choices: list[str]
+    conversion: Conversion
     quality: dict[str, Quality]
 
     def describe(self) -> dict[str, Any]:
-        """What a record keeps: dimensions, cache, quality."""
-        return self.geometry.describe() | {"choices": self.choices, "quality": {name: asdict(value) for name, value in self.quality.items()}}
+        """What a record keeps: dimensions, cache, choices, quality."""
+        kept = self.conversion.record()
+        return kept.pop("geometry") | kept | {"quality": {name: asdict(value) for name, value in self.quality.items()}}
 
 
 def partial_rope(config: PretrainedConfig, settings: Convert) -> Convert:
@@ -45,7 +36,7 @@ def partial_rope(config: PretrainedConfig, settings: Convert) -> Convert:
 
 def convert_and_compare(
     source: PreTrainedModel, settings: Convert, calibration: Tensor, *, windows: Tensor | None, batch_size: int
-) -> Converted:
+) -> Measured:
     """Calibrate once; solve the partial-RoPE and the MLA student; measure both and the original.
 
     Args:
@@ -66,4 +57,4 @@ def convert_and_compare(
             refit_model(source, student, partial, done.fitted_on)
         quality["partial_rope"] = judge(student, "partial RoPE")
         quality["mla"] = judge(done.student, "MLA")
-    return Converted(done.student, done.settings, done.geometry, done.statistics, done.choices, quality)
+    return Measured(done, quality)

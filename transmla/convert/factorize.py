@@ -127,9 +127,8 @@ def joint_two_moments(
         solved = (latent.mT @ target @ inputs) / (1.0 + share[:, None] * ratio[None, :])
         down = latent @ solved @ inputs.mT
     up_key, up_value = regress(k_nope, key_moment), regress(value, value_moment)
-    energy = up_key.flatten(0, 1).square().sum(0) + up_value.flatten(0, 1).square().sum(0)
-    balance = (energy.sqrt() / down.norm(dim=1).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
-    return down * balance[:, None], up_key / balance, up_value / balance
+    # The same maps, of rank R, in principal components: an arbitrary basis of the latent is hard to train from.
+    return joint_key_value(up_key @ down, up_value @ down, middle, key_cost, value_cost, rank)
 
 
 def norm_cost(maps: Tensor, second_moment: Tensor) -> Tensor:

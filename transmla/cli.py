@@ -70,6 +70,8 @@ def _run(verb: str, words: list[str]) -> int:
 
     pipeline = Pipeline(prepared)
     getattr(pipeline, "run" if verb == "recover" else verb)()
+    pipeline.state.wait_for_everyone()
+    pipeline.state.destroy_process_group()  # gloo's threads may abort a process that ends without it
     return 0
 
 

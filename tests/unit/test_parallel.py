@@ -28,6 +28,8 @@ def train(kind: str, folder: Path, processes: int, packing: bool) -> None:
         after = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
         change = torch.cat([(after[name] - value).detach().flatten() for name, value in before.items()])
         torch.save({"losses": losses(trainer), "change": change}, folder / "result.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()  # gloo's threads may abort a process that ends without it
 
 
 @pytest.mark.parametrize("packing", [False, True])

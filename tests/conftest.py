@@ -76,3 +76,11 @@ def windows(count: int = 16, length: int = 32) -> list[torch.Tensor]:
 
 
 FULL = dict(qk_rope_head_dim=16, kv_lora_rank=32, freqfold=1)  # nothing is truncated with one key head
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}

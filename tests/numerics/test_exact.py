@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from tests.conftest import FULL, VOCAB, settings, tiny_model, windows
+from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_model, windows
 from transmla.convert.convert import convert_model
 from transmla.export.deepseek import deepseek_config, export_state
 
@@ -15,14 +15,7 @@ CASES = {
     "llama3 rope": (
         "llama",
         {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
+            "rope_parameters": LLAMA3
         },
     ),
     "qwen2": ("qwen2", {}),

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from tests.conftest import FULL, VOCAB, settings, tiny_config, tiny_model, windows
+from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_config, tiny_model, windows
 from transmla.convert.calibration import calibrate, capped_attention
 from transmla.convert.convert import convert_model, solve_model
 from transmla.convert.keynorm import fit_keys
@@ -22,14 +22,6 @@ from transmla.recipe import Export
 from transmla.sources import load_model
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 # Small caps and windows, so that a student without them would be far off.
 GEMMA2 = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24, "sliding_window": 8}
 GEMMA3 = {"query_pre_attn_scalar": 24, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}

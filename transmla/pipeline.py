@@ -27,6 +27,7 @@ from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.maker import Maker
 from transmla.preflight import Prepared
+from transmla.recipe import AnyStage
 from transmla.sources import check_facts, fetch, load_model
 
 
@@ -149,7 +150,7 @@ class Pipeline(Maker):
             trainer = build_trainer(
                 stage,
                 load_model(before, self.prepared.dtype, self.device),
-                self.teacher,
+                self._teacher_of(stage),
                 self.tokenizer,
                 config,
                 load_many(stage.data, f"recover.{index}.data"),
@@ -161,7 +162,7 @@ class Pipeline(Maker):
             record["processes"] = self.state.num_processes
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
-                self._save_student(trainer.model, scratch)
+                self._save_student(trainer.student, scratch)
                 record["seconds"] = round(time.monotonic() - started, 1)
                 record["peak_memory_bytes"] = peak_memory(self.prepared.device)
             self.say(f"[{label}] {record['seconds']} s")
@@ -169,6 +170,14 @@ class Pipeline(Maker):
         self.state.wait_for_everyone()
         del trainer
         gc.collect()
+
+    def _teacher_of(self, stage: AnyStage) -> PreTrainedModel | None:
+        """The model that a stage's loss asks, or None."""
+        if stage.kind == "sft":
+            return None
+        if stage.kind == "distill" and stage.teacher != "source":
+            return load_model(fetch(stage.teacher), self.prepared.dtype, self.device)
+        return self.teacher
 
     def export(self) -> None:
         """The final checkpoint, published only when a fresh process agrees with the student."""

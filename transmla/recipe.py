@@ -137,6 +137,7 @@ class Stage(Section):
 
     data: list[str]
     tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
+    compile: bool = False  # layers of student and teacher; pays on a GPU with rows of one length (packing: wrapped)
     trainer: dict[str, Any] = {}
 
     @field_validator("trainer")
@@ -145,23 +146,60 @@ class Stage(Section):
         return {key: _check_trainer_key(key, item) for key, item in value.items()}
 
 
+class Lora(Section):
+    """Low-rank adapters (peft's LoraConfig), merged into the weights when the stage ends."""
+
+    r: PositiveInt = 32
+    alpha: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["attention", "all"] = "attention"  # linear layers of the attentions, or those of the MLPs too
+
+
 class Layerwise(Stage):
-    """Attention transfer: every student attention on the teacher's inputs, all layers at once."""
+    """Attention transfer: every student attention towards the output of the teacher's, all layers at once.
+
+    stream: whose residual stream the student's attentions read: the teacher's own, or the student's, where every layer
+        answers for what the ones below it have left wrong.
+    hidden: weight of the error of the residual stream after the layer, beside that of the attention's output.
+    """
 
     kind: Literal["layerwise"]
-    train: Literal["attention"] = "attention"
+    train: Literal["attention", "lora"] = "attention"
+    lora: Lora = Lora()
+    stream: Literal["teacher", "student"] = "teacher"
+    hidden: Annotated[float, Field(ge=0.0)] = 0.0
 
 
 class Distill(Stage):
-    """Forward KL to the teacher's logits."""
+    """Divergence to the teacher's next-token distribution, in part cross-entropy of the text if wanted.
+
+    divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
+        final_temperature: what it has become, linearly, in the last step.
+    cross_entropy: share of the loss.
+    teacher: `source`, or another model of the same tokenizer (its vocabulary may be padded otherwise).
+    """
 
     kind: Literal["distill"]
-    train: Literal["attention", "all"] = "attention"
+    train: Literal["attention", "all", "lora"] = "attention"
+    lora: Lora = Lora()
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     temperature: PositiveFloat = 1.0
+    final_temperature: PositiveFloat | None = None
+    cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    teacher: Literal["source"] | ModelSource = "source"
 
 
-STAGES = {"layerwise": Layerwise, "distill": Distill}
-AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
+class Sft(Stage):
+    """Cross-entropy of texts, chats or traces, without a teacher."""
+
+    kind: Literal["sft"]
+    train: Literal["attention", "all", "lora"] = "all"
+    lora: Lora = Lora()
+
+
+STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft}
+AnyStage = Annotated[Layerwise | Distill | Sft, Field(discriminator="kind")]
 
 
 class Evaluate(Section):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tests.conftest import settings, tiny_model, windows
 from transmla.convert.convert import convert_model
 from transmla.modeling.student import ATTENTION
-from transmla.recipe import Distill, Layerwise
+from transmla.recipe import Distill, Layerwise, Sft
 from transmla.recover.run import build_trainer, run_stage, trainer_config
 from transmla.sources import _random_model
 from transmla.recipe import ModelSource
@@ -43,6 +43,7 @@ def make_trainer(
     accumulate: int = 1,
     processes: int = 1,
     dtype: torch.dtype = torch.float32,
+    stage: dict | None = None,
     **trainer: object,
 ):
     torch.manual_seed(0)
@@ -62,11 +63,13 @@ def make_trainer(
         max_grad_norm=0.0,
     )
     fields = dict(data=["unused"], tokens=steps * batch * accumulate * processes * LENGTH, trainer=defaults | trainer)
-    stage = Layerwise(kind="layerwise", **fields) if kind == "layerwise" else Distill(kind="distill", train="all", **fields)
+    kinds = {"layerwise": Layerwise, "distill": Distill, "sft": Sft}
+    default = {} if kind == "layerwise" else {"train": "all"}
+    stage = kinds[kind](kind=kind, **fields | default | (stage or {}))
     config = trainer_config(stage, folder, seed=0, device="cpu", dtype=dtype, processes=processes)
     data = Dataset.from_dict({"input_ids": documents(), "labels": documents()})
     scales = [layer.output_mean_square for layer in statistics]
-    return build_trainer(stage, student, teacher, tokenizer(folder / "tokenizer"), config, data, scales=scales)
+    return build_trainer(stage, student, None if kind == "sft" else teacher, tokenizer(folder / "tokenizer"), config, data, scales=scales)
 
 
 def losses(trainer) -> list[float]:

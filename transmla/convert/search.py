@@ -13,7 +13,7 @@ from transmla.errors import RecipeError
 from transmla.evaluate.perplexity import Judge
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.recipe import Convert
-from transmla.recover.layerwise import attention_errors
+from transmla.recover.transfer import attention_errors
 
 SHARE = 8  # one window in so many is held out,
 TOKENS = 8192  # but not more than so many tokens

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transmla.evaluate.perplexity import compare, final_hidden
 from transmla.modeling.window import final_softcap
 from transmla.recipe import Evaluate
-from transmla.recover.layerwise import attention_errors
+from transmla.recover.transfer import attention_errors
 
 
 def reference_file(folder: Path, dataset: str) -> Path:

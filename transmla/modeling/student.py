@@ -123,6 +123,6 @@ def share_trunk(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def train_only(student: PreTrainedModel, what: str) -> None:
-    """Set which parameters take a gradient: `attention` or `all`."""
+    """Set which parameters take a gradient: `attention` or `all`; with `lora` none does, adapters bring their own."""
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(what == "all" or ATTENTION in name)
+        parameter.requires_grad_(what == "all" or (what == "attention" and ATTENTION in name))

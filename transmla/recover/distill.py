@@ -1,6 +1,10 @@
-"""Distillation: KL to the teacher's next-token distribution on every unmasked token."""
+"""Training on next tokens: towards a teacher's distribution, towards labels, or a mixture of both."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,32 +12,78 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from transmla.modeling.window import final_softcap
-from transmla.recover.losses import forward_kl
-from transmla.recover.trainer import Objective, TeacherTrainer, trunk_inputs
+from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
+from transmla.recover.trainer import Objective, RecoveryTrainer, trunk_inputs
 
 
-class DistillTrainer(TeacherTrainer):
-    """Forward KL, chunked over tokens through both heads (transmla.recover.losses.forward_kl)."""
+class DistillTrainer(RecoveryTrainer):
+    """Divergence to the teacher on every unmasked token (transmla.recover.losses.token_loss).
+
+    Args:
+        teacher: the model to come near to; None where `recorded` speaks for it.
+        mixture: divergence, temperature at the start, share of the cross-entropy.
+        final_temperature: what the temperature has become, linearly, in the last step; None: it stays.
+        recorded: from a collated batch to the teacher's kept probabilities of its unmasked tokens, in order.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel, temperature: float, **kwargs: object
+        self,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        *,
+        teacher: PreTrainedModel | None,
+        mixture: Mixture,
+        final_temperature: float | None = None,
+        recorded: Callable[[dict[str, Any]], Kept] | None = None,
+        **kwargs: object,
     ) -> None:
+        assert (teacher is None) != (recorded is None), "one of teacher and recorded"
         super().__init__(model, args, teacher=teacher, **kwargs)
-        self.temperature = temperature
+        self.mixture, self.final_temperature, self.recorded = mixture, final_temperature, recorded
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Position t of student and teacher is scored where label t + 1 counts."""
         batch = trunk_inputs(inputs)
         mask = inputs["labels"][:, 1:] != -100
-        with torch.no_grad():
-            expected = self.teacher.model(**batch, use_cache=False).last_hidden_state[:, :-1][mask]
+        if self.teacher is None:
+            expected: Teacher | Kept = self.recorded(inputs)
+        else:
+            with torch.no_grad():
+                states = self.teacher.model(**batch, use_cache=False).last_hidden_state[:, :-1][mask]
+            expected = Teacher(states, self.teacher.get_output_embeddings().weight)
         hidden = student.model(**batch, use_cache=False).last_hidden_state[:, :-1][mask]
-        total = forward_kl(
+        total = token_loss(
             hidden,
             student.get_output_embeddings().weight,
             expected,
-            self.teacher.get_output_embeddings().weight,
-            temperature=self.temperature,
-            softcap=final_softcap(self.teacher.config),
+            labels=inputs["labels"][:, 1:][mask],
+            mixture=replace(self.mixture, temperature=self.temperature()),
+            softcap=final_softcap(student.config),
+        )
+        return Objective(total=total, tokens=mask.sum())
+
+    def temperature(self) -> float:
+        """Of the present step."""
+        start = self.mixture.temperature
+        if self.final_temperature is None:
+            return start
+        done = min(1.0, self.state.global_step / max(1, self.args.max_steps - 1))
+        return start + done * (self.final_temperature - start)
+
+
+class SFTStageTrainer(RecoveryTrainer):
+    """Cross-entropy of the labels, whole vocabulary, in chunks; no teacher."""
+
+    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+        """Position t is scored where label t + 1 counts."""
+        labels = inputs["labels"][:, 1:]
+        mask = labels != -100
+        hidden = student.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state[:, :-1][mask]
+        total = token_loss(
+            hidden,
+            student.get_output_embeddings().weight,
+            None,
+            labels=labels[mask],
+            softcap=final_softcap(student.config),
         )
         return Objective(total=total, tokens=mask.sum())

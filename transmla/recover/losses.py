@@ -1,4 +1,4 @@
-"""Divergences between two language models, from hidden states, in chunks over tokens.
+"""Losses on next tokens, from hidden states, in chunks over tokens.
 
 No tensor of T×V numbers is ever whole: a chunk of logits exists, gives its share of the loss and of the gradients with
 respect to the student's hidden states and head, and is gone.
@@ -6,94 +6,221 @@ respect to the student's hidden states and head, and is gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from transmla.modeling.backends import cap
+from transmla.recover.divergence import Divergence, value_and_slope, value_and_slope_of_kept
 
-CHUNK = 1024  # tokens whose logits exist at a time
+ELEMENTS = 2**26  # logits of one model that exist at a time: 256 MiB in float32
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the teacher says about n tokens: hidden states after its last norm [n, D] and its head [V, D]."""
+
+    hidden: Tensor
+    head: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept of the teacher's distribution: log-probabilities of k tokens, ids and logp [n, k]."""
+
+    ids: Tensor
+    logp: Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """(1 - cross_entropy) · T² · divergence at temperature T + cross_entropy · cross-entropy of the next token.
+
+    T² keeps gradients of one size (Hinton et al., arXiv:1503.02531, section 2.1).
+    """
+
+    divergence: Divergence = Divergence()
+    temperature: float = 1.0
+    cross_entropy: float = 0.0
 
 
 def logits_float32(hidden: Tensor, head: Tensor) -> Tensor:
     """hidden [n, D] times head [V, D] transposed, in float32.
 
     Products of bfloat16 operands are accumulated and returned in float32: logits rounded to bfloat16 would spoil the
-    gradient p_s - p_t when the two distributions are close.
+    gradient, a difference of nearly equal numbers, when the two distributions are close. Hidden states of more digits
+    than the head go in two parts, each bfloat16, so that none of those digits is lost either.
     """
-    if hidden.is_cuda and hidden.dtype == head.dtype == torch.bfloat16:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    if hidden.is_cuda and head.dtype == torch.bfloat16:
+        high = hidden.to(torch.bfloat16)
+        logits = torch.mm(high, head.T, out_dtype=torch.float32)
+        if hidden.dtype != torch.bfloat16:
+            low = (hidden - high.to(hidden.dtype)).to(torch.bfloat16)
+            logits += torch.mm(low, head.T, out_dtype=torch.float32)
+        return logits
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return hidden.to(wide) @ head.to(wide).T
 
 
-class _ForwardKL(torch.autograd.Function):
+def _dense(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor,
+    labels: Tensor | None,
+    divergence: Divergence,
+    share: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One chunk against the teacher's logits: sum and its derivative with respect to the uncapped logits.
+
+    The temperature is a tensor, because a compiled function is compiled again for every new number.
+
+    Args:
+        student, teacher: uncapped logits [n, V]. labels: [n] or None. share: of the cross-entropy.
+    """
+    logits = cap(student, softcap)
+    log_p = F.log_softmax(cap(teacher, softcap) / temperature, -1)
+    value, slope = value_and_slope(F.log_softmax(logits / temperature, -1), log_p, divergence)
+    # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
+    return _mix(logits, value.sum() * temperature.square(), slope * temperature, labels, share, softcap)
+
+
+def _kept(
+    student: Tensor,
+    ids: Tensor,
+    logp: Tensor,
+    labels: Tensor | None,
+    divergence: Divergence,
+    share: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """One chunk against the kept part of the teacher's distribution; otherwise as `_dense`."""
+    logits = cap(student, softcap)
+    value, slope = value_and_slope_of_kept(F.log_softmax(logits, -1), ids, logp.to(logits.dtype), divergence)
+    return _mix(logits, value.sum(), slope, labels, share, softcap)
+
+
+def _label(student: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """One chunk of plain cross-entropy."""
+    logits = cap(student, softcap)
+    log_q = F.log_softmax(logits, -1)
+    slope = log_q.exp()
+    slope.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=slope.dtype))
+    return -log_q.gather(1, labels[:, None]).sum(), _uncap(slope, logits, softcap)
+
+
+def _mix(
+    logits: Tensor, total: Tensor, slope: Tensor, labels: Tensor | None, share: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    if labels is not None:
+        other, falling = _label(logits, labels, None)
+        total, slope = (1.0 - share) * total + share * other, (1.0 - share) * slope + share * falling
+    return total, _uncap(slope, logits, softcap)
+
+
+def _uncap(slope: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+    return slope if softcap is None else slope * (1.0 - (logits / softcap).square())
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def _fast(function: Callable, logits: Tensor) -> Callable:
+    """On a GPU the chunk's two dozen passes over its logits are fused into a few."""
+    return _compiled(function) if logits.is_cuda else function
+
+
+class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_head, teacher, teacher_head, temperature, softcap, chunk):
+    def forward(ctx, student, student_head, teacher, labels, mixture, softcap, chunk, products):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         wide = torch.promote_types(student.dtype, torch.float32)
-        total = torch.zeros((), dtype=torch.float64 if wide == torch.float64 else torch.float32, device=student.device)
+        words = len(student_head) if not isinstance(teacher, Teacher) else min(len(student_head), len(teacher.head))
+        head = student_head[:words].to(products)
+        total = torch.zeros((), dtype=wide, device=student.device)
         grad_hidden = torch.empty_like(student) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
+        temperature = torch.tensor(mixture.temperature, dtype=wide, device=student.device)
+        rest = (mixture.divergence, mixture.cross_entropy, softcap)
+        chunk = chunk or max(1, ELEMENTS // words)
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            logits = cap(logits_float32(student[part], student_head), softcap)
-            log_s = F.log_softmax(logits / temperature, dim=-1)
-            log_t = F.log_softmax(
-                cap(logits_float32(teacher[part], teacher_head), softcap) / temperature, dim=-1
-            )
-            total += F.kl_div(log_s, log_t, log_target=True, reduction="sum")
-            if need_hidden or need_head:
-                # d/dlogits of T² KL(p_t ‖ p_s) with p = softmax(logits / T) is T (p_s - p_t).
-                slope = (log_s.exp_() - log_t.exp_()) * temperature
-                if softcap is not None:
-                    slope *= 1.0 - (logits / softcap).square()
-                if need_hidden:
-                    grad_hidden[part] = (slope.to(student_head.dtype) @ student_head).to(student.dtype)
-                if need_head:
-                    grad_head += slope.T @ student[part].to(wide)
+            logits = logits_float32(student[part], head)
+            target = None if labels is None else labels[part]
+            if teacher is None:
+                value, slope = _fast(_label, logits)(logits, target, softcap)
+            elif isinstance(teacher, Kept):
+                value, slope = _fast(_kept, logits)(logits, teacher.ids[part], teacher.logp[part], target, *rest)
+            else:
+                expected = logits_float32(teacher.hidden[part], teacher.head[:words])
+                value, slope = _fast(_dense, logits)(logits, expected, temperature, target, *rest)
+                del expected
+            del logits
+            total += value
+            if need_hidden:
+                grad_hidden[part] = (slope.to(products) @ head).to(student.dtype)
+            if need_head and student.is_cuda and products == torch.bfloat16:
+                grad_head[:words] += torch.mm(slope.to(products).T, student[part].to(products), out_dtype=torch.float32)
+            elif need_head:
+                grad_head[:words] += slope.T @ student[part].to(wide)
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_head.dtype
-        return total * temperature**2
+        return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * grad).to(ctx.head_dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
+            None if grad_head is None else grad_head.mul_(grad).to(ctx.head_dtype),
+            *[None] * 6,
         )
 
 
-def forward_kl(
+def token_loss(
     student: Tensor,
     student_head: Tensor,
-    teacher: Tensor,
-    teacher_head: Tensor,
+    teacher: Teacher | Kept | None,
     *,
-    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    mixture: Mixture = Mixture(),
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Sum over tokens of T² KL(teacher ‖ student) at temperature T (Hinton et al., arXiv:1503.02531, section 2.1).
+    """Sum over tokens of the loss between student and teacher, or of plain cross-entropy without a teacher.
 
-    Gradients flow to the student's hidden states and head only, and once.
+    Gradients flow to the student's hidden states and head only, and once. Vocabularies of different size are cut to
+    the smaller one.
 
     Args:
-        student, teacher: hidden states after the last norm, [n, D] each (their D may differ).
-        student_head, teacher_head: [V, D].
+        student: hidden states after the last norm, [n, D]. student_head: [V, D].
+        labels: next tokens [n]; needed without a teacher, and where the mixture has cross-entropy.
         softcap: cap on both models' logits (`final_logit_softcapping`), or None.
+        chunk: tokens at a time; None: as many as fit `ELEMENTS` logits.
 
     Returns:
         Scalar in nats, summed (divide by the number of tokens of the whole global batch).
+
+    Raises:
+        ValueError: labels are missing; a temperature other than 1 with a kept distribution, whose rest has no shape.
     """
+    needs_labels = teacher is None or mixture.cross_entropy > 0.0
+    if needs_labels and labels is None:
+        raise ValueError("cross-entropy needs labels")
+    if isinstance(teacher, Kept) and mixture.temperature != 1.0:
+        raise ValueError("recorded probabilities are of temperature 1; use temperature 1")
+    narrow = student.is_cuda and torch.is_autocast_enabled("cuda")
+    products = torch.get_autocast_dtype("cuda") if narrow else student_head.dtype
     with torch.autocast(student.device.type, enabled=False):
-        return _ForwardKL.apply(student, student_head, teacher, teacher_head, temperature, softcap, chunk)
+        return _TokenLoss.apply(
+            student, student_head, teacher, labels if needs_labels else None, mixture, softcap, chunk, products
+        )
 
 
 def normalised_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:

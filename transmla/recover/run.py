@@ -17,9 +17,13 @@ from transmla.modeling.student import share_trunk, train_only
 from transmla.plan import steps_of
 from transmla.recipe import AnyStage
 from transmla.recover.checkpoints import last_checkpoint
-from transmla.recover.distill import DistillTrainer
+from transmla.recover.adapters import lora_config, merge_adapters
+from transmla.recover.compiling import compile_layers, plain_layers
+from transmla.recover.distill import DistillTrainer, SFTStageTrainer
+from transmla.recover.divergence import Divergence
 from transmla.recover.layerwise import LayerwiseTrainer
-from transmla.recover.trainer import TeacherTrainer
+from transmla.recover.losses import Mixture
+from transmla.recover.trainer import RecoveryTrainer
 
 # What a recipe need not say. Packed rows keep documents apart in attention; long documents are split, not cut off.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -39,7 +43,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 class _Progress(TrainerCallback):
     """Carries the token count over a resume, which trl would start again from zero (it is in every checkpoint's log)."""
 
-    def __init__(self, trainer: TeacherTrainer) -> None:
+    def __init__(self, trainer: RecoveryTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -82,44 +86,61 @@ def tensorboard_folder(folder: Path) -> Iterator[None]:
 def build_trainer(
     stage: AnyStage,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     config: SFTConfig,
     data: Dataset,
     *,
     scales: list[float],
-) -> TeacherTrainer:
+) -> RecoveryTrainer:
     """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
 
     Args:
+        teacher: None where the stage needs none.
         data: text, messages, or prompt and completion (or token ids, as trl takes them).
-        scales: E|output|² of every teacher attention.
+        scales: E|output|² of every attention of the source.
     """
-    if stage.train == "attention":
+    if stage.train != "all" and teacher is not None:
         share_trunk(student, teacher)
     train_only(student, stage.train)
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    common = {"teacher": teacher, "train_dataset": data, "processing_class": tokenizer}
+    common = {"train_dataset": data, "processing_class": tokenizer}
+    if stage.train == "lora":
+        common["peft_config"] = lora_config(stage.lora, student)
     if stage.kind == "layerwise":
-        trainer = LayerwiseTrainer(student, config, scales=scales, **common)
+        trainer = LayerwiseTrainer(
+            student, config, teacher=teacher, scales=scales, stream=stage.stream, hidden=stage.hidden, **common
+        )
+    elif stage.kind == "distill":
+        mixture = Mixture(Divergence(stage.divergence, stage.beta), stage.temperature, stage.cross_entropy)
+        trainer = DistillTrainer(
+            student, config, teacher=teacher, mixture=mixture, final_temperature=stage.final_temperature, **common
+        )
     else:
-        trainer = DistillTrainer(student, config, temperature=stage.temperature, **common)
+        trainer = SFTStageTrainer(student, config, teacher=None, **common)
+    if stage.compile:
+        compile_layers(student, teacher, stage.kind)
     trainer.add_callback(_Progress(trainer))
     return trainer
 
 
-def run_stage(trainer: TeacherTrainer, dtype: torch.dtype) -> dict[str, Any]:
-    """Train, from the last whole checkpoint if there is one; the student ends in `dtype` and eval mode.
+def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
+    """Train, from the last whole checkpoint if there is one.
+
+    The student (`trainer.student`) ends in `dtype` and eval mode, adapters merged.
 
     Returns:
         tokens seen and the log: loss, learning rate, tokens a second by step.
     """
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=checkpoint)
-    student = trainer.accelerator.unwrap_model(trainer.model)
+    student = trainer.student
     del student.forward  # back to the class's own
+    plain_layers(student, trainer.teacher)
+    if trainer.peft_config is not None:
+        merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     for parameter in student.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)

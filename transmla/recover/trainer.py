@@ -1,4 +1,4 @@
-"""What the recovery trainers share: trl's data preparation, a frozen teacher, a loss summed over the global batch."""
+"""What the recovery trainers share: trl's data preparation, a loss summed over the global batch."""
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ class Objective:
     tokens: Tensor
 
 
-class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
-    """trl's SFTTrainer with a loss against a frozen teacher.
+class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
+    """trl's SFTTrainer with a loss of our own, mostly against a frozen teacher.
 
     The objective runs inside the student's own `forward` (so that DDP sees it) when that is called with
     `objective=True`. Its sum is divided by the number of tokens of the global batch, over accumulation steps and
     processes: the same global batch has the same loss and gradients however it is split.
 
     Args:
-        teacher: the source model; set to eval mode, never given a gradient, on the student's device.
+        model: the student; adapters of `peft_config` are put around it.
+        teacher: set to eval mode, never given a gradient, on the student's device; None where the loss needs none.
     """
 
-    def __init__(self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel, **kwargs: object) -> None:
+    def __init__(
+        self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel | None, **kwargs: object
+    ) -> None:
         super().__init__(model=model, args=args, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, transformers must not divide it again
         self._clock: tuple[float, float] | None = None
-        install_objective(self.model, self.objective)
+        self.student = model  # inside peft's wrapper, where there is one
+        self.peft_config = kwargs.get("peft_config")
+        install_objective(model, self.objective)
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """The loss of one micro-batch: `inputs` as trl's collator made them."""
@@ -63,7 +68,7 @@ class TeacherTrainer(AtomicCheckpoints, SFTTrainer):
     ) -> Tensor | tuple[Tensor, dict]:
         """Loss of one micro-batch as its share of the global batch's mean over tokens."""
         tokens = inputs["input_ids"].numel() if "attention_mask" not in inputs else int(inputs["attention_mask"].sum())
-        outputs = model(inputs=inputs, objective=True)
+        outputs = model(inputs=inputs, objective=True)  # passes through the wrappers of DDP and peft
         count = outputs["tokens"] if num_items_in_batch is None else num_items_in_batch
         loss = outputs["total"] / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None:

@@ -156,6 +156,15 @@ def test_small_differences_survive_bfloat16(kl: float, divergence: Divergence) -
         assert (narrow.grad.double() - exact.grad).norm() / exact.grad.norm() > 0.05
 
 
+def test_head_gradient_over_several_groups_and_blocks(tensors, monkeypatch) -> None:
+    """Groups of chunks of which the last is short, and blocks of rows that do not divide the vocabulary."""
+    import transmla.recover.losses as losses
+
+    monkeypatch.setattr(losses, "SLOPES", 301 * 17)
+    monkeypatch.setattr(losses, "ROWS", 64)
+    compare(*tensors, chunk=8)
+
+
 def test_equal_models_have_no_loss_and_no_gradient() -> None:
     hidden, head = torch.randn(9, 24, requires_grad=True), torch.randn(301, 24)
     for divergence in DIVERGENCES:

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from transmla.modeling.backends import cap
 from transmla.recover.divergence import Divergence, value_and_slope, value_and_slope_of_kept
 
-ELEMENTS = 2**26  # logits of one model that exist at a time: 256 MiB in float32
+ELEMENTS = 2**25  # logits of one model that exist at a time: 128 MiB in float32
+SLOPES = 2**27  # derivatives kept for one product with the hidden states: 256 MiB in bfloat16
+ROWS = 2**13  # rows of the head whose gradient is formed at a time
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,19 @@ def _fast(function: Callable, logits: Tensor) -> Callable:
     return _compiled(function) if logits.is_cuda else function
 
 
+def _accumulate(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
+    """Add slopesᵀ · hidden ([n, V] and [n, D]) to the head's gradient [V, D], which is as large as a head of float32.
+
+    One product a chunk would read and write all of it for a few hundred tokens; a whole product would need it twice.
+    """
+    hidden = hidden.to(slopes.dtype)
+    narrow = slopes.is_cuda and slopes.dtype == torch.bfloat16
+    for start in range(0, slopes.shape[1], ROWS):
+        rows = slopes[:, start : start + ROWS].T
+        part = torch.mm(rows, hidden, out_dtype=torch.float32) if narrow else rows @ hidden
+        total[start : start + len(part)] += part
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, student_head, teacher, labels, mixture, softcap, chunk, products):
@@ -149,6 +164,8 @@ class _TokenLoss(torch.autograd.Function):
         temperature = torch.tensor(mixture.temperature, dtype=wide, device=student.device)
         rest = (mixture.divergence, mixture.cross_entropy, softcap)
         chunk = chunk or max(1, ELEMENTS // words)
+        together = min(len(student), max(1, SLOPES // words // chunk) * chunk)  # tokens of one product for the head
+        slopes = student.new_empty(together, words, dtype=products if student.is_cuda else wide) if need_head else None
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             logits = logits_float32(student[part], head)
@@ -165,10 +182,11 @@ class _TokenLoss(torch.autograd.Function):
             total += value
             if need_hidden:
                 grad_hidden[part] = (slope.to(products) @ head).to(student.dtype)
-            if need_head and student.is_cuda and products == torch.bfloat16:
-                grad_head[:words] += torch.mm(slope.to(products).T, student[part].to(products), out_dtype=torch.float32)
-            elif need_head:
-                grad_head[:words] += slope.T @ student[part].to(wide)
+            if need_head:
+                done = start % together + len(slope)
+                slopes[done - len(slope) : done] = slope
+                if done == together or start + chunk >= len(student):
+                    _accumulate(grad_head, slopes[:done], student[start + len(slope) - done : start + len(slope)])
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_head.dtype
         return total

@@ -96,6 +96,19 @@ def _searched(section: Convert) -> str:
     return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
 
 
+def _writing(recipe: Recipe) -> list[str]:
+    lines = []
+    for entry in recipe.write:
+        if entry.kind == "traces":
+            source = entry.problems.data or f"reasoning-gym {entry.problems.generator}"
+            count = "all" if entry.limit is None else f"{entry.limit:,}"
+            what = f"{entry.samples} replies to each of {count} problems of {source}, keeps {entry.keep}"
+        else:
+            what = f"{entry.tokens:,} tokens of the teacher's own text"
+        lines.append(f"write        @{entry.name}: {what}; at most {entry.max_new_tokens:,} tokens each, temperature {entry.temperature}")
+    return lines
+
+
 def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     """The text that `dry_run=true` prints."""
     recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
@@ -114,6 +127,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
         "",
+        *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(recipe.convert.calibration.data)}",
     ]

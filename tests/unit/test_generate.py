@@ -1,10 +1,9 @@
 """The sampler against a plain loop without batch, padding or cache; a drawing that was interrupted."""
 
-
 import pytest
 import torch
 from accelerate import PartialState
-
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.convert import convert_model
@@ -57,6 +56,16 @@ def test_greedy_equals_a_plain_loop(family: str) -> None:
     assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
     assert {sample.finished for sample in wanted} == {True, False}
     assert len({len(sample.tokens) for sample in wanted}) > 1
+
+
+def test_padding_keeps_positions() -> None:
+    """Rotary models see distances alone; one with learned positions tells whether a prompt begins at its own zero."""
+    torch.manual_seed(2)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = 0
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
+    assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
 
 
 def test_a_student_writes_too() -> None:

@@ -20,6 +20,7 @@ from transmla.recipe_write import Problems
         (r"so \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
         (r"first \boxed{3}, no: \boxed{\sqrt{\frac{2}{3}}}.", r"\sqrt{\frac{2}{3}}"),
         (r"\boxed{\left\{1, 2\right\}}", r"\left\{1, 2\right\}"),
+        (r"\boxed{\left\{ x, x > 0 \right.}", r"\left\{ x, x > 0 \right."),
         (r"\boxed{5} and then \boxed{6", "5"),  # the last one was cut off
         (r"\boxed{}", None),
         ("17 + 1 = 18\n#### 18", "18"),

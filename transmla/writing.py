@@ -44,6 +44,8 @@ class Writer(Maker):
                 self._write_text(entry, f"write.{index}", folder, digest)
 
     def _write_traces(self, entry: Traces, key: str, folder: Path, digest: str) -> None:
+        if entry.format == "messages" and self.tokenizer.chat_template is None:
+            raise RecipeError(f"{key}.format", "messages need a chat template, which the tokenizer lacks; use completion or text")
         found = load_problems(entry.problems, f"{key}.problems", skip=entry.skip, limit=entry.limit)
         asked = Questions(found, entry.problems, self.tokenizer, samples=entry.samples, batch_size=entry.batch_size)
         self._require_room(asked, entry, key)
@@ -57,7 +59,7 @@ class Writer(Maker):
         def build(scratch: Path, record: dict[str, Any]) -> None:
             samples = asked.ordered(parts.samples(batch) for batch in range(len(asked.plan)))
             counts = write_traces(asked, samples, entry, self._heldout, scratch)
-            record |= {"written": counts, "tokens": counts["tokens"], "engine": self._engine(entry)}
+            record |= self._counted(counts, entry, parts)
             if not counts["kept"]:
                 raise RecipeError(
                     f"{key}.keep",
@@ -81,9 +83,13 @@ class Writer(Maker):
             assert count is not None, "they were just drawn"
             drawn = ((starts.prompts_of(batch), parts.samples(batch)) for batch in range(count))
             counts = write_text(starts, drawn, scratch)
-            record |= {"written": counts, "tokens": counts["tokens"], "engine": self._engine(entry)}
+            record |= self._counted(counts, entry, parts)
 
         self._make(folder, digest, f"write {entry.name}", build)
+
+    def _counted(self, counts: dict[str, int], entry: AnyWriting, parts: Parts) -> dict[str, Any]:
+        written = counts | {"drawing_seconds": parts.seconds()}
+        return {"written": written, "tokens": counts["tokens"], "engine": self._engine(entry)}
 
     def _drawing(self, entry: AnyWriting) -> Parts:
         """The samples of an entry as they were drawn. They are kept: another `keep`, `format` or number of tokens
@@ -170,5 +176,6 @@ class Writer(Maker):
         found = {}
         for entry in self.recipe.evaluate.solve:
             asked, parts = self._replies(name, entry)
-            found[entry.name] = score(asked, asked.ordered(parts.samples(batch) for batch in range(len(asked.plan))))
+            samples = asked.ordered(parts.samples(batch) for batch in range(len(asked.plan)))
+            found[entry.name] = score(asked, samples) | {"drawing_seconds": parts.seconds()}
         return found

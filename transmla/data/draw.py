@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,11 +21,12 @@ from transmla.recover.checkpoints import fsync
 
 @dataclass(frozen=True)
 class Place:
-    """Where a batch is in the files, and how many tokens were drawn in it, end tokens included."""
+    """Where a batch is in the files; the tokens that were drawn in it, end tokens included, and the seconds it took."""
 
     file: Path
     offset: int
     tokens: int
+    seconds: float
 
 
 Drawn = dict[int, Place]
@@ -62,7 +64,7 @@ class Parts:
                 for line in lines:
                     row = json.loads(line)
                     tokens = sum(len(drawn) + finished for drawn, finished in row["samples"])
-                    self._found[row["batch"]] = Place(file, offset, tokens)
+                    self._found[row["batch"]] = Place(file, offset, tokens, row["seconds"])
                     offset += len(line)
             self._read[file] = offset
         return self._found
@@ -74,13 +76,18 @@ class Parts:
             lines.seek(place.offset)
             return [Sample(tokens, finished) for tokens, finished in json.loads(lines.readline())["samples"]]
 
-    def append(self, process: int, batch: int, samples: Sequence[Sample]) -> None:
+    def seconds(self) -> float:
+        """What all batches took, whichever processes and attempts drew them."""
+        return round(sum(place.seconds for place in self.index().values()), 1)
+
+    def append(self, process: int, batch: int, samples: Sequence[Sample], seconds: float = 0.0) -> None:
         """Add a batch for good."""
         file = self.folder / f"{process:03d}.jsonl"
         new = not file.exists()
         with file.open("a") as lines:
             content = [[sample.tokens, sample.finished] for sample in samples]
-            lines.write(json.dumps({"batch": batch, "samples": content}, separators=(",", ":")) + "\n")
+            row = {"batch": batch, "seconds": round(seconds, 2), "samples": content}
+            lines.write(json.dumps(row, separators=(",", ":")) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
         if new:
@@ -117,8 +124,9 @@ def draw(
         chosen = chosen or sampler()
         own = wanted[0][state.process_index :: state.num_processes]
         for batch in tqdm(own, desc=name, unit="batch", disable=not state.is_main_process):
+            started = time.monotonic()
             samples = chosen(prompts_of(batch), settings, batch_seed(seed, name, batch))
-            parts.append(state.process_index, batch, samples)
+            parts.append(state.process_index, batch, samples, time.monotonic() - started)
         state.wait_for_everyone()
 
 

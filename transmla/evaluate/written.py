@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-COUNTS = ("problems", "written", "finished", "accepted", "duplicates", "held_out", "kept", "tokens")
+COUNTS = ("problems", "written", "finished", "accepted", "duplicates", "held_out", "kept", "tokens", "drawing_seconds")
 
 
 def collect_written(records: dict[str, Any]) -> dict[str, Any]:
@@ -35,13 +35,13 @@ def _data(written: dict[str, dict[str, int]]) -> list[str]:
 def _solved(solve: dict[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for exam in next(iter(solve.values()), {}):
-        lines += [f"## Problems solved: {exam}", "", "| model | accuracy | 95 % | finished | tokens a reply |", "|---|---|---|---|---|"]
+        lines += [f"## Problems solved: {exam}", "", "| model | accuracy | 95 % | finished | tokens a reply | seconds |", "|---|---|---|---|---|---|"]
         for model, exams in solve.items():
             one = exams[exam]
             low, high = (100 * end for end in one["interval"])
             lines.append(
                 f"| {model} | {100 * one['accuracy']:.1f} % | {low:.1f} to {high:.1f} % | {100 * one['finished']:.0f} % | "
-                f"{one['tokens']:.0f} |"
+                f"{one['tokens']:.0f} | {one['drawing_seconds']} |"
             )
         count = next(iter(solve.values()))[exam]["count"]
         lines += ["", f"{count:,} problems, the same for every model; a reply that did not end by itself counts as wrong.", ""]

@@ -60,5 +60,6 @@ def check_written_name(name: str, key: str, recipe: Recipe) -> None:
 def _check_length(settings: Sampling, key: str, positions: int, prompt: int) -> None:
     if prompt + settings.max_new_tokens > positions:
         raise RecipeError(
-            f"{key}.max_new_tokens", f"{settings.max_new_tokens} after a prompt is above the {positions} positions of the model; lower it"
+            f"{key}.max_new_tokens",
+            f"{settings.max_new_tokens} after a prompt is above the {positions} positions of the model; lower it",
         )

@@ -23,8 +23,10 @@ def check_heldout(recipe: Recipe) -> None:
         for number, solve in enumerate(recipe.evaluate.solve):
             reason = overlap(entry, solve)
             if reason:
-                where = f"evaluate.solve.{number}.problems"
-                raise RecipeError(where, f"{reason}, for which write.{index} ({entry.name}) writes; give one of them other rows by skip and limit")
+                raise RecipeError(
+                    f"evaluate.solve.{number}.problems",
+                    f"{reason}, for which write.{index} ({entry.name}) writes; give one of them other rows by skip and limit",
+                )
 
 
 def overlap(one: Traces | Solve, other: Traces | Solve) -> str | None:

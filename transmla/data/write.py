@@ -168,7 +168,8 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
                 seen.add(same)
                 counts["kept"] += 1
                 counts["tokens"] += len(sample.tokens) + sample.finished
-                lines.write(json.dumps({"text": text, "tokens": tokens, "finished": sample.finished}, ensure_ascii=False) + "\n")
+                row = {"text": text, "tokens": tokens, "finished": sample.finished}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     _define(folder, COLUMNS["text"])
     return counts
 

@@ -35,7 +35,8 @@ def _data(written: dict[str, dict[str, int]]) -> list[str]:
 def _solved(solve: dict[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for exam in next(iter(solve.values()), {}):
-        lines += [f"## Problems solved: {exam}", "", "| model | accuracy | 95 % | finished | tokens a reply | seconds |", "|---|---|---|---|---|---|"]
+        lines += [f"## Problems solved: {exam}", ""]
+        lines += ["| model | accuracy | 95 % | finished | tokens a reply | seconds |", "|---|---|---|---|---|---|"]
         for model, exams in solve.items():
             one = exams[exam]
             low, high = (100 * end for end in one["interval"])

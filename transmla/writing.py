@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.artifacts import fingerprint, is_current
 from transmla.data.draw import Parts, all_of, draw, enough, until
-from transmla.data.generate import ModelSampler, Sample, Sampler, VllmSampler
+from transmla.data.generate import ModelSampler, Sampler, VllmSampler
 from transmla.data.problems import ProblemSet, load_problems, normal
 from transmla.data.write import DEFINITION, Questions, Starts, write_text, write_traces
 from transmla.errors import RecipeError

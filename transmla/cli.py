@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from transmla.errors import RecipeError
 
 VERBS = {
-    "recover": "run the whole recipe: convert, recover, export, verify, evaluate, report",
+    "recover": "run the whole recipe: write, convert, recover, export, verify, evaluate, report",
+    "traces": "only write what the recipe's `write` names",
     "convert": "only make the converted student",
     "export": "only export the recovered student, with verification",
     "verify": "check an existing export again in a fresh process",
@@ -69,7 +70,7 @@ def _run(verb: str, words: list[str]) -> int:
     from transmla.pipeline import Pipeline
 
     pipeline = Pipeline(prepared)
-    getattr(pipeline, "run" if verb == "recover" else verb)()
+    getattr(pipeline, {"recover": "run", "traces": "write"}.get(verb, verb))()
     pipeline.state.wait_for_everyone()
     pipeline.state.destroy_process_group()  # gloo's threads may abort a process that ends without it
     return 0

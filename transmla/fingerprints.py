@@ -10,6 +10,7 @@ from transmla.artifacts import fingerprint
 from transmla.data.definition import find_definition
 from transmla.data.sources import local_files
 from transmla.preflight import Prepared
+from transmla.recipe_write import Solve, Traces
 from transmla.sources import identity
 
 FORMAT = 2  # raise it when the same settings would give another result than before
@@ -28,13 +29,62 @@ class Fingerprints:
         self.recipe = prepared.recipe
 
     def _data(self, names: list[str], key: str) -> list[Any]:
-        found = []
+        found: list[Any] = []
         for name in names:
+            if name.startswith("@"):
+                found.append(self.written(name.removeprefix("@")))
+                continue
             definition, folder = find_definition(name, key)
             files = [file.stat() for file in local_files(definition, folder, key)]
             sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]
             found.append([definition.model_dump(mode="json", exclude={"about", "licence"}), sizes])
         return found
+
+    def _problems(self, entry: Traces | Solve, key: str) -> list[Any]:
+        """Which problems an entry means."""
+        data = [] if entry.problems.data is None else self._data([entry.problems.data], f"{key}.problems.data")
+        return [entry.problems.model_dump(mode="json"), entry.skip, entry.limit, data]
+
+    def _exams(self) -> list[Any]:
+        exams = self.recipe.evaluate.solve
+        return [self._problems(entry, f"evaluate.solve.{index}") for index, entry in enumerate(exams)]
+
+    def drawing(self, name: str) -> str:
+        """Of the samples of an entry of `write`, before any is left out."""
+        index, entry = next(item for item in enumerate(self.recipe.write) if item[1].name == name)
+        if isinstance(entry, Traces):
+            data = self._problems(entry, f"write.{index}")
+        else:
+            data = self._data(entry.prefix_data, f"write.{index}.prefix_data")
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "settings": entry.model_dump(mode="json", exclude={"keep", "format", "tokens", "engine"}),
+                "data": data,
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+            }
+        )
+
+    def written(self, name: str) -> str:
+        """Of an entry of `write`. Problems that are evaluated on are left out of it, so they are an input."""
+        entry = next(entry for entry in self.recipe.write if entry.name == name)
+        heldout = self._exams() if isinstance(entry, Traces) else []
+        settings = entry.model_dump(mode="json", include={"keep", "format", "tokens", "engine"})
+        return fingerprint({"input": self.drawing(name), "settings": settings, "heldout": heldout})
+
+    def replies(self, model: str, name: str) -> str:
+        """Of a model's replies to the problems of an entry of `evaluate.solve`."""
+        index, entry = next(item for item in enumerate(self.recipe.evaluate.solve) if item[1].name == name)
+        return fingerprint(
+            {
+                "input": self._model(model),
+                "settings": entry.model_dump(mode="json"),
+                "data": self._problems(entry, f"evaluate.solve.{index}"),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+            }
+        )
 
     @cached_property
     def convert(self) -> str:
@@ -84,20 +134,19 @@ class Fingerprints:
             }
         )
 
+    def _model(self, name: str) -> str:
+        inputs = {"converted": lambda: self.convert, "recovered": lambda: self.student, "exported": lambda: self.export}
+        return fingerprint(identity(self.recipe.model)) if name == "teacher" else inputs[name]()
+
     def evaluation(self, model: str) -> str:
         """Of the evaluation of `teacher`, `converted`, `recovered` or `exported`."""
         section = self.recipe.evaluate
-        inputs = {
-            "teacher": fingerprint(identity(self.recipe.model)),
-            "converted": self.convert,
-            "recovered": self.student,
-            "exported": self.export,
-        }
         return fingerprint(
             {
-                "input": inputs[model],
+                "input": self._model(model),
                 "evaluate": section.model_dump(mode="json"),
                 "data": self._data(section.data, "evaluate.data"),
                 "dtype": str(self.prepared.dtype),
             }
+            | ({"solve": [self._exams(), self.recipe.seed]} if section.solve else {})
         )

@@ -25,13 +25,13 @@ from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
-from transmla.maker import Maker
 from transmla.preflight import Prepared
 from transmla.recipe import AnyStage
 from transmla.sources import check_facts, fetch, load_model
+from transmla.writing import Writer
 
 
-class Pipeline(Maker):
+class Pipeline(Writer):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -77,7 +77,8 @@ class Pipeline(Maker):
         return self.out / "recovered" if last else self.out / "stages" / f"{index}_{self.recipe.recover[index].kind}"
 
     def run(self) -> None:
-        """Everything: convert, recover, export with verification, evaluate, report."""
+        """Everything: write, convert, recover, export with verification, evaluate, report."""
+        self.write()
         self.convert()
         self.recover()
         self.export()
@@ -153,7 +154,7 @@ class Pipeline(Maker):
                 self._teacher_of(stage),
                 self.tokenizer,
                 config,
-                load_many(stage.data, f"recover.{index}.data"),
+                load_many(self._names(stage.data, f"recover.{index}.data"), f"recover.{index}.data"),
                 scales=self._scales(),
             )
         result = run_stage(trainer, self.prepared.dtype)
@@ -227,7 +228,10 @@ class Pipeline(Maker):
 
             def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
                 self._evaluate_one(name, folder, scratch, record)
+                record["solve"] = self._score(name)
 
+            if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
+                self._answer(name, folder)
             self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
         if self.state.is_main_process:
             write_report(self.out, self.recipe, self.prepared.geometry, self._current_artifacts())
@@ -249,7 +253,11 @@ class Pipeline(Maker):
 
     def _current_artifacts(self) -> dict[str, Path]:
         """Folders of all artifacts that belong to the present settings, by the name of their stage."""
-        wanted = {"convert": (self.out / "converted", self.digests.convert)}
+        wanted = {
+            f"write {entry.name}": (self.out / "written" / entry.name, self.digests.written(entry.name))
+            for entry in self.recipe.write
+        }
+        wanted["convert"] = (self.out / "converted", self.digests.convert)
         for index, stage in enumerate(self.recipe.recover):
             wanted[f"recover.{index} {stage.kind}"] = (self.stage_folder(index), self.digests.stage(index))
         wanted["export"] = (self.out / "exported", self.digests.export)
@@ -284,7 +292,7 @@ class Pipeline(Maker):
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
     def _windows(self, names: list[str], key: str, tokens: int, length: int, seed: int | None = None) -> Tensor:
-        return named_windows(names, key, self.tokenizer, tokens=tokens, length=length, seed=seed)
+        return named_windows(self._names(names, f"{key}.data"), key, self.tokenizer, tokens=tokens, length=length, seed=seed)
 
     def _calibration_windows(self) -> Tensor:
         text = self.recipe.convert.calibration

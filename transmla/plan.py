@@ -96,6 +96,19 @@ def _searched(section: Convert) -> str:
     return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
 
 
+def _writing(recipe: Recipe) -> list[str]:
+    lines = []
+    for entry in recipe.write:
+        if entry.kind == "traces":
+            source = entry.problems.data or f"reasoning-gym {entry.problems.generator}"
+            count = "all" if entry.limit is None else f"{entry.limit:,}"
+            what = f"{entry.samples} replies to each of {count} problems of {source}, keeps {entry.keep}"
+        else:
+            what = f"{entry.tokens:,} tokens of the teacher's own text"
+        lines.append(f"write        @{entry.name}: {what}; at most {entry.max_new_tokens:,} tokens each, temperature {entry.temperature}")
+    return lines
+
+
 def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     """The text that `dry_run=true` prints."""
     recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
@@ -114,6 +127,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
         "",
+        *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(recipe.convert.calibration.data)}",
     ]
@@ -129,6 +143,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"export       {prepared.export.describe(recipe.export)}",
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
+        *(f"solve        {entry.name}: at most {entry.max_new_tokens:,} tokens a reply" for entry in recipe.evaluate.solve),
         "",
         f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {prepared.output}",
         *(f"writes       {prepared.output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),

@@ -19,6 +19,7 @@ from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
+from transmla.preflight_write import check_written, check_written_name
 from transmla.recipe import Recipe
 from transmla.sources import source_config
 
@@ -84,7 +85,11 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
         if not names:
             raise RecipeError(key, "no dataset is named; name at least one")
         for name in names:
-            check_dataset(name, key, online=not recipe.dry_run)
+            if name.startswith("@"):
+                check_written_name(name, key, recipe)
+            else:
+                check_dataset(name, key, online=not recipe.dry_run)
+    check_written(recipe, config.max_position_embeddings)
     limit = config.max_position_embeddings
     lengths = {
         "convert.calibration.max_length": recipe.convert.calibration.max_length,

@@ -26,12 +26,8 @@ from pydantic import (
 )
 
 from transmla.errors import RecipeError
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are frozen once validated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from transmla.recipe_write import WRITINGS, AnyWriting, Solve
+from transmla.section import Section
 
 
 class TokenizerEdits(Section):
@@ -212,6 +208,7 @@ class Evaluate(Section):
     prompts: list[str] = []  # text the exported model continues, greedily, for the report
     max_new_tokens: PositiveInt = 48
     repetition_penalty: PositiveFloat = 1.2  # small models go round in circles under greedy decoding
+    solve: list[Solve] = []  # problems whose answers are checked
 
 
 class Verify(Section):
@@ -243,6 +240,7 @@ class Recipe(Section):
     threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads a process; auto: the machine's cores, shared out
     dry_run: bool = False
     model: ModelSource
+    write: list[AnyWriting] = []  # text that the teacher writes before anything else, `@NAME` in a list of data
     convert: Convert
     recover: list[AnyStage] = []
     evaluate: Evaluate
@@ -315,7 +313,8 @@ def validate_recipe(tree: dict[str, Any]) -> Recipe:
         if first["type"] == "missing":
             raise RecipeError(key, "required key is missing; add it to the recipe") from None
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {', '.join(STAGES)}") from None
+            kinds = WRITINGS if key.startswith("write") else STAGES
+            raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {', '.join(kinds)}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         raise RecipeError(key, message + got) from None
@@ -326,8 +325,8 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     parts: list[str] = []
     model: Any = Recipe
     for index, part in enumerate(location):
-        if parts and parts[-1].isdigit() and part in STAGES:  # the discriminator's tag is no key
-            model = STAGES[str(part)]
+        if parts and parts[-1].isdigit() and part in STAGES | WRITINGS:  # the discriminator's tag is no key
+            model = (STAGES | WRITINGS)[str(part)]
             continue
         if part in ("int", "bool", "constrained-int") or str(part).startswith("literal["):  # branches of a union of types are no keys
             continue

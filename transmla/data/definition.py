@@ -12,11 +12,11 @@ from pydantic import PositiveInt, ValidationError, model_validator
 
 from transmla.compose import share
 from transmla.errors import RecipeError
-from transmla.recipe import Section
+from transmla.section import Section
 
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-# What trl's trainers know: language modeling, conversations, prompt with completion.
-ROLES = ({"text"}, {"messages"}, {"prompt", "completion"})
+# What trl's trainers know: language modeling, conversations, prompt with completion. The last is no text to train on.
+ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"problem", "answer"})
 
 
 class DataDefinition(Section):
@@ -26,7 +26,8 @@ class DataDefinition(Section):
     subset, split, revision: of a hub dataset. files: which of its files, where its layout says too little (a glob).
     rows: only the first so many rows, streamed, so that no more is downloaded.
     local: name under which the directory `TRANSMLA_DATA`, where that is set, may hold a copy to use instead.
-    columns: which of the file's columns is `text`, `messages`, or `prompt` and `completion`.
+    columns: which of the file's columns is `text`, `messages`, or `prompt` and `completion`; or `problem` and `answer`
+        of a set that a recipe names as `problems`.
     template: a Python format string over the file's columns that makes `text`, instead of columns.
     when_empty: by column, the template to use instead in rows where that column is empty.
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
@@ -42,7 +43,7 @@ class DataDefinition(Section):
     files: str | None = None
     rows: PositiveInt | None = None
     local: str | None = None
-    columns: dict[Literal["text", "messages", "prompt", "completion"], str] = {}
+    columns: dict[Literal["text", "messages", "prompt", "completion", "problem", "answer"], str] = {}
     template: str | None = None
     when_empty: dict[str, str] = {}
     cut: Literal["train", "test"] | None = None
@@ -56,7 +57,9 @@ class DataDefinition(Section):
         if (self.hub is None) == (self.path is None):
             raise ValueError("give exactly one of hub and path")
         if self.template is None and set(self.columns) not in ROLES:
-            raise ValueError("columns must name text, or messages, or prompt and completion (or give a template)")
+            raise ValueError(
+                "columns must name text, or messages, or prompt and completion, or problem and answer (or give a template)"
+            )
         if self.join is not None and self.template is None and "text" not in self.columns:
             raise ValueError("join is for text; conversations stay apart")
         return self

@@ -31,13 +31,18 @@ def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path
     return files
 
 
-def check_dataset(name: str, key: str, *, online: bool) -> None:
+def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) -> None:
     """Cheap checks before anything is loaded: the definition, its files, the columns of the first row, not empty.
 
     Args:
         online: ask the hub about a hub dataset (its columns, where it states them).
+        problems: problems with answers are wanted, not text.
     """
     definition, folder = find_definition(name, key)
+    if problems and "problem" not in definition.columns:
+        raise RecipeError(key, f"{name} has no problems; its definition must name the columns problem and answer")
+    if not problems and "problem" in definition.columns:
+        raise RecipeError(key, f"{name} has problems, not text; have the teacher write for them (write: kind traces), name @NAME")
     if definition.hub is not None and online:
         with _hub_errors(definition, key):
             features = load_dataset_builder(**_hub_arguments(definition)).info.features
@@ -109,9 +114,8 @@ def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
     Raises:
         RecipeError: missing, empty, or without a column that the definition names.
     """
-    definition, folder = find_definition(name, key)
-    data = _cut(_load_rows(definition, folder, key), definition, name, key)
-    _check_columns(definition, set(data.column_names), name, key)
+    definition, _ = find_definition(name, key)
+    data = load_rows(name, key)
     if definition.template is not None:
         data = data.map(lambda row: {"text": _fill(definition, row)}, remove_columns=data.column_names)
     else:
@@ -124,6 +128,18 @@ def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
             data = data.filter(lambda row: bool(row["text"].strip()))
     if not len(data):
         raise RecipeError(key, f"{name} is empty; name a dataset that has text")
+    return data
+
+
+def load_rows(name: str, key: str) -> Dataset:
+    """The rows of a dataset with the columns of its files; its definition says what they mean.
+
+    Raises:
+        RecipeError: missing, or without a column that the definition names.
+    """
+    definition, folder = find_definition(name, key)
+    data = _cut(_load_rows(definition, folder, key), definition, name, key)
+    _check_columns(definition, set(data.column_names), name, key)
     return data
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.artifacts import read_record, write_whole
+from transmla.evaluate.written import collect_written, written_lines
 from transmla.geometry import MLAGeometry
 from transmla.recipe import Recipe
 
@@ -56,6 +57,7 @@ def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -
         "training": logs,
         "versions": versions,
         "seed": recipe.seed,
+        **collect_written(records),
     }
 
 
@@ -93,6 +95,7 @@ def render(report: dict[str, Any]) -> str:
             f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
             "",
         ]
+    lines += written_lines(report)
     for prompt in next(iter(report["continuations"].values()), {}):
         lines += [f"> {prompt} ...", ""]
         lines += [f"- {name}: {' '.join(texts[prompt].split())}" for name, texts in report["continuations"].items()]

@@ -1,0 +1,153 @@
+"""The sampler against a plain loop without batch, padding or cache; a drawing that was interrupted."""
+
+import pytest
+import torch
+from accelerate import PartialState
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.conftest import VOCAB, settings, tiny_model
+from transmla.convert.convert import convert_model
+from transmla.data.draw import Parts, all_of, draw, enough, until
+from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
+from transmla.recipe_write import Sampling
+
+GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4)
+
+
+class Ends:
+    """All that a sampler asks of a tokenizer."""
+
+    eos_token_id = 0
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in (3, 11, 1, 7, 11)]
+
+
+def plain(model, prompt: list[int], steps: int, ends: set[int]) -> Sample:
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            chosen = int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+            if chosen in ends:
+                return Sample(tokens[len(prompt) :], True)
+            tokens.append(chosen)
+    return Sample(tokens[len(prompt) :], False)
+
+
+def model_that_ends(family: str, **fields):
+    """A model whose greedy texts end at different places: an end token is one that two of them reach, not all."""
+    model = tiny_model(family, initializer_range=0.3, **fields)
+    texts = [plain(model, prompt, 24, set()).tokens for prompt in prompts()]
+    reached = {token: sum(token in text for text in texts) for text in texts for token in text}
+    end = max((token for token, count in reached.items() if count < len(texts)), key=lambda token: reached[token])
+    model.generation_config.eos_token_id = [end]
+    # What a checkpoint may suggest to `generate` must not change what is drawn.
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 1.3, 2
+    return model, end
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text"])
+def test_greedy_equals_a_plain_loop(family: str) -> None:
+    fields = {"sliding_window": 8} if family.startswith("gemma") else {}
+    model, end = model_that_ends(family, **fields)
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in prompts()]
+    assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
+    assert {sample.finished for sample in wanted} == {True, False}
+    assert len({len(sample.tokens) for sample in wanted}) > 1
+
+
+def test_padding_keeps_positions() -> None:
+    """Rotary models see distances alone; one with learned positions tells whether a prompt begins at its own zero."""
+    torch.manual_seed(2)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = 0
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
+    assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
+
+
+def test_a_student_writes_too() -> None:
+    model = tiny_model()
+    windows = torch.randint(1, VOCAB, (8, 32))
+    student = convert_model(model, settings(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2), windows).student
+    wanted = [plain(student, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
+    assert ModelSampler(student, Ends())(prompts(), GREEDY, 0) == wanted
+
+
+def test_a_seed_means_a_text() -> None:
+    sampler = ModelSampler(tiny_model(), Ends())
+    warm = Sampling(max_new_tokens=12, temperature=1.0, batch_size=4)
+    assert sampler(prompts(), warm, 5) == sampler(prompts(), warm, 5)
+    assert sampler(prompts(), warm, 5) != sampler(prompts(), warm, 6)
+    assert batch_seed(0, "a", 1) != batch_seed(1, "a", 0)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(20_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**fields) -> list[float]:
+        drawn = choose(logits.clone(), Sampling(**fields), generator)
+        return (torch.bincount(drawn, minlength=4) / len(drawn)).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
+    assert shares(top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.015)  # two reach 0.8
+    assert shares(top_p=0.81) == pytest.approx([0.526, 0.316, 0.158, 0], abs=0.015)
+    assert shares(temperature=0.5) == pytest.approx([0.685, 0.247, 0.062, 0.007], abs=0.015)
+
+
+def test_batches_of_like_length() -> None:
+    lengths = [3, 9, 1, 7, 9, 2]
+    plan = batches(lengths, 2)
+    assert [[lengths[index] for index in batch] for batch in plan] == [[9, 9], [7, 3], [2, 1]]
+
+
+class Counting:
+    """A sampler of few tokens that follow from the seed, and that dies after so many batches."""
+
+    def __init__(self, lives: int = 10**6) -> None:
+        self.lives, self.calls = lives, 0
+
+    def __call__(self, asked, settings, seed):
+        if self.calls == self.lives:
+            raise KeyboardInterrupt
+        self.calls += 1
+        return [Sample([seed % 1000, *prompt], bool(prompt[0] % 2)) for prompt in asked]
+
+
+def run(folder, sampler, missing, digest: str = "d") -> Parts:
+    parts = Parts(folder, digest)
+    draw(
+        parts, lambda: sampler, lambda batch: [[batch], [batch + 100, 7]], missing, GREEDY,
+        seed=1, name="x", state=PartialState(cpu=True),
+    )
+    return parts
+
+
+def test_an_interrupted_drawing_goes_on(tmp_path) -> None:
+    straight = run(tmp_path / "straight", Counting(), all_of(7))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", Counting(lives=3), all_of(7))
+    with (tmp_path / "broken" / "000.jsonl").open("a") as file:
+        file.write('{"batch": 3, "samp')  # a crash in the middle of a line
+    rest = Counting()
+    broken = run(tmp_path / "broken", rest, all_of(7))
+    assert rest.calls == 4
+    assert [broken.samples(batch) for batch in range(7)] == [straight.samples(batch) for batch in range(7)]
+    assert len({broken.samples(batch)[0].tokens[0] for batch in range(7)}) == 7  # every batch has its own seed
+    again = Counting()
+    run(tmp_path / "broken", again, all_of(7))
+    assert again.calls == 0
+    run(tmp_path / "broken", again, all_of(7), digest="other settings")
+    assert again.calls == 7
+
+
+def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
+    parts = run(tmp_path, Counting(), until(24, 1))  # 5 tokens a batch, and 2 end tokens where its number is odd
+    assert enough(parts.index(), 24) == 4 and len(parts.index()) == 4
+    assert enough(parts.index(), 25) is None
+    ahead = Parts(tmp_path, "d")
+    ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
+    assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]

@@ -1,0 +1,158 @@
+"""Drawing of many samples that may be interrupted: by batch, on several processes, into append-only files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from transmla.data.generate import Sample, Sampler, batch_seed
+from transmla.recipe_write import Sampling
+from transmla.recover.checkpoints import fsync
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch is in the files; the tokens that were drawn in it, end tokens included, and the seconds it took."""
+
+    file: Path
+    offset: int
+    tokens: int
+    seconds: float
+
+
+Drawn = dict[int, Place]
+
+
+class Parts:
+    """The finished batches of one drawing: a file a process, a line a batch, synced before the next batch begins.
+
+    A batch's samples follow from its number alone, so that another number of processes may go on.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        """digest: of what the samples follow from; parts of another one are thrown away by `open`."""
+        self.folder, self.digest = folder, digest
+        self._found: Drawn = {}
+        self._read: dict[Path, int] = {}  # bytes of every file that were looked at
+
+    def open(self) -> None:
+        """Make the folder, by one process: clear what is of other settings, cut off a line that a crash left."""
+        marker = self.folder / "fingerprint"
+        if not marker.is_file() or marker.read_text() != self.digest:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            marker.write_text(self.digest)
+        for file in self.folder.glob("*.jsonl"):
+            with file.open("rb+") as content:
+                content.truncate(content.read().rfind(b"\n") + 1)
+
+    def index(self) -> Drawn:
+        """The batches that are there; reads only what was added since the last call."""
+        for file in sorted(self.folder.glob("*.jsonl")):
+            offset = self._read.get(file, 0)
+            with file.open("rb") as lines:
+                lines.seek(offset)
+                for line in lines:
+                    row = json.loads(line)
+                    tokens = sum(len(drawn) + finished for drawn, finished in row["samples"])
+                    self._found[row["batch"]] = Place(file, offset, tokens, row["seconds"])
+                    offset += len(line)
+            self._read[file] = offset
+        return self._found
+
+    def samples(self, batch: int) -> list[Sample]:
+        """One batch, in the order of its prompts."""
+        place = self.index()[batch] if batch not in self._found else self._found[batch]
+        with place.file.open("rb") as lines:
+            lines.seek(place.offset)
+            return [Sample(tokens, finished) for tokens, finished in json.loads(lines.readline())["samples"]]
+
+    def seconds(self) -> float:
+        """What all batches took, whichever processes and attempts drew them."""
+        return round(sum(place.seconds for place in self.index().values()), 1)
+
+    def append(self, process: int, batch: int, samples: Sequence[Sample], seconds: float = 0.0) -> None:
+        """Add a batch for good."""
+        file = self.folder / f"{process:03d}.jsonl"
+        new = not file.exists()
+        with file.open("a") as lines:
+            content = [[sample.tokens, sample.finished] for sample in samples]
+            row = {"batch": batch, "seconds": round(seconds, 2), "samples": content}
+            lines.write(json.dumps(row, separators=(",", ":")) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+        if new:
+            fsync(self.folder)
+
+
+def draw(
+    parts: Parts,
+    sampler: Callable[[], Sampler],
+    prompts_of: Callable[[int], list[list[int]]],
+    missing: Callable[[Drawn], list[int]],
+    settings: Sampling,
+    *,
+    seed: int,
+    name: str,
+    state: PartialState,
+) -> None:
+    """Draw batches until none is missing; every process calls this and returns when all are done.
+
+    Args:
+        sampler: makes the sampler; called only where something is to be drawn.
+        prompts_of: the prompts of a batch.
+        missing: from the batches that are there, the numbers of those to draw next; asked again after each round.
+        seed, name: of the drawing; a batch's own seed follows from them and its number.
+    """
+    if state.is_main_process:
+        parts.open()
+    chosen: Sampler | None = None
+    while True:
+        wanted = [missing(parts.index()) if state.is_main_process else []]
+        broadcast_object_list(wanted)  # also holds the others back until the folder is open
+        if not wanted[0]:
+            return
+        chosen = chosen or sampler()
+        own = wanted[0][state.process_index :: state.num_processes]
+        for batch in tqdm(own, desc=name, unit="batch", disable=not state.is_main_process):
+            started = time.monotonic()
+            samples = chosen(prompts_of(batch), settings, batch_seed(seed, name, batch))
+            parts.append(state.process_index, batch, samples, time.monotonic() - started)
+        state.wait_for_everyone()
+
+
+def all_of(count: int) -> Callable[[Drawn], list[int]]:
+    """`missing` of a drawing with a fixed number of batches."""
+    return lambda drawn: [batch for batch in range(count) if batch not in drawn]
+
+
+def until(tokens: int, processes: int) -> Callable[[Drawn], list[int]]:
+    """`missing` of a drawing that goes on until so many tokens are there; a batch a process in each round."""
+
+    def missing(drawn: Drawn) -> list[int]:
+        if enough(drawn, tokens) is not None:
+            return []
+        free = (batch for batch in range(len(drawn) + processes) if batch not in drawn)
+        return list(islice(free, processes))
+
+    return missing
+
+
+def enough(drawn: Drawn, tokens: int) -> int | None:
+    """How many of the first batches have so many tokens together, whoever drew more; None: they are too few."""
+    total = batch = 0
+    while total < tokens:
+        if batch not in drawn:
+            return None
+        total += drawn[batch].tokens
+        batch += 1
+    return batch

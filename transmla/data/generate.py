@@ -1,0 +1,162 @@
+"""Batched sampling from any transformers causal model, or from vLLM where that is installed.
+
+transformers' own `generate` is not used: it takes temperature, top-k, top-p and penalties that a recipe does not name
+from the checkpoint's generation_config (Qwen's has top-k 20 and a repetition penalty), so that the text would not be of
+the model's own distribution; it carries finished rows along until the last one ends; and it draws from the global
+generator. A dynamic cache is good enough: rows that are done are taken out of it, which a static cache cannot do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from transmla.recipe_write import Sampling
+
+LOOK = 8  # steps between two looks at which rows are done: looking waits for the device
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model wrote after a prompt: token ids without the end token. finished: it ended by itself."""
+
+    tokens: list[int]
+    finished: bool
+
+
+class Sampler(Protocol):
+    """Continues one batch of prompts; the same prompts, settings and seed give the same samples, in the same order."""
+
+    def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]: ...
+
+
+def end_tokens(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: the checkpoint's and the tokenizer's."""
+    listed = generation.eos_token_id
+    ends = set() if listed is None else {listed} if isinstance(listed, int) else set(listed)
+    return ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of prompts by batch: like lengths together, the longest first, so that what does not fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def batch_seed(seed: int, name: str, batch: int) -> int:
+    """The seed of a batch. Hashed, or batch 1 of seed 0 would repeat batch 0 of seed 1."""
+    digest = hashlib.sha256(f"{seed} {name} {batch}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token a row. logits: [B, V] -> [B]. top_p: the fewest likeliest tokens that reach it together."""
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
+    if settings.top_p == 1:
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    ordered, tokens = probabilities.sort(dim=-1, descending=True)
+    ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0.0
+    return tokens.gather(1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
+
+
+class ModelSampler:
+    """Samples of a transformers causal model, teacher or student."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.ends = torch.tensor(sorted(end_tokens(model.generation_config, tokenizer)), device=model.device)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]:
+        """Continue one batch. Prompts are padded on the left and keep their own positions: padding changes nothing."""
+        device = self.model.device
+        generator = torch.Generator(device).manual_seed(seed)
+        longest = max(len(prompt) for prompt in prompts)
+        padded = any(len(prompt) != longest for prompt in prompts)
+        pad = int(self.ends[0]) if len(self.ends) else 0
+        tokens = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        places = torch.arange(longest, device=device)[None] - (longest - lengths)[:, None]
+        mask, positions = (places >= 0).long(), places.clamp(min=0)
+        written = torch.full((len(prompts), settings.max_new_tokens), -1, device=device)
+        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        rows = torch.arange(len(prompts), device=device)  # of `written`, that are still in the batch
+        cache = DynamicCache(config=self.model.config)
+        for step in range(settings.max_new_tokens):
+            logits = self.model(
+                input_ids=tokens,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            chosen = choose(logits, settings, generator)
+            written[rows, step] = chosen
+            done[rows] |= torch.isin(chosen, self.ends)
+            tokens, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            if step % LOOK == LOOK - 1:
+                left = (~done[rows]).nonzero()[:, 0]
+                if not len(left):
+                    break
+                if len(left) < len(rows):
+                    rows, tokens, positions, mask = rows[left], tokens[left], positions[left], mask[left]
+                    cache.batch_select_indices(left)
+        ends = set(self.ends.tolist())
+        return [_cut(row, ends) for row in written.tolist()]
+
+
+def _cut(row: list[int], ends: set[int]) -> Sample:
+    """What stands before the first end token; a row is filled with -1 after its last step."""
+    for place, token in enumerate(row):
+        if token in ends:
+            return Sample(row[:place], finished=True)
+    return Sample([token for token in row if token >= 0], finished=False)
+
+
+class VllmSampler:
+    """Samples of a checkpoint that vLLM serves. It has no test here: the project's tests run without a GPU.
+
+    A seed fixes the samples as far as vLLM's kernels repeat themselves; they are not those of `ModelSampler`.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, max_length: int) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), max_model_len=max_length)
+        self.ends = sorted(end_tokens(_generation_config(folder), tokenizer))
+
+    def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]:
+        from vllm import SamplingParams
+
+        asked = [
+            SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_new_tokens,
+                stop_token_ids=self.ends,
+                seed=(seed + index) % 2**63,
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        found = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+        outputs = [reply.outputs[0] for reply in found]
+        cut = [_cut(list(output.token_ids), set(self.ends)) for output in outputs]
+        return [Sample(one.tokens, output.finish_reason == "stop") for one, output in zip(cut, outputs, strict=True)]
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))

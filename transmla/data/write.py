@@ -1,0 +1,180 @@
+"""What an entry of a recipe's `write` asks a model, and the rows that come of what it wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from transmla.data.answers import accepts
+from transmla.data.generate import Sample, batches
+from transmla.data.problems import ProblemSet, messages_of, normal, opening, prompt_text, stored_prompt
+from transmla.data.sources import load_many
+from transmla.data.windows import documents
+from transmla.errors import RecipeError
+from transmla.recipe_write import Problems, Text, Traces
+
+DATA, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
+COLUMNS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
+
+
+class Questions:
+    """Prompts of a problem set, `samples` times each, in batches of like length."""
+
+    def __init__(
+        self, found: ProblemSet, section: Problems, tokenizer: PreTrainedTokenizerBase, *, samples: int, batch_size: int
+    ) -> None:
+        self.found, self.section, self.tokenizer, self.samples = found, section, tokenizer, samples
+        texts = [prompt_text(problem, section, tokenizer) for problem in found.problems]
+        self.texts = [text for text, _ in texts]
+        self.begun = [begun for _, begun in texts]
+        encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in self.texts]
+        self.prompts = [prompt for prompt in encoded for _ in range(samples)]
+        self.plan = batches([len(prompt) for prompt in self.prompts], batch_size)
+
+    def prompts_of(self, batch: int) -> list[list[int]]:
+        """Token ids of a batch's prompts."""
+        return [self.prompts[index] for index in self.plan[batch]]
+
+    def ordered(self, parts: Iterable[list[Sample]]) -> list[Sample]:
+        """Samples of all batches, in the order of the problems. parts: by batch."""
+        found: dict[int, Sample] = {}
+        for plan, samples in zip(self.plan, parts, strict=True):
+            found |= dict(zip(plan, samples, strict=True))
+        return [found[index] for index in range(len(self.prompts))]
+
+    def reply(self, index: int, sample: Sample) -> str:
+        """The text of a sample, with what the prompt began it with."""
+        text = self.tokenizer.decode(sample.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self.begun[index // self.samples] + text
+
+    def accepted(self, index: int, sample: Sample) -> bool:
+        """Whether a sample ended by itself and its answer is right."""
+        entry = self.found.problems[index // self.samples].entry
+        return sample.finished and accepts(self.found.checker, self.reply(index, sample), entry, self.section)
+
+
+def write_traces(
+    asked: Questions, samples: list[Sample], entry: Traces, heldout: set[str], folder: Path
+) -> dict[str, int]:
+    """Write the traces that are kept below `folder`.
+
+    Args:
+        samples: in the order of the problems.
+        heldout: questions, in `normal` form, that are evaluated on and must not be in the data.
+
+    Returns:
+        counts: problems, written, finished, accepted, duplicates, held_out, kept, tokens (of the kept replies).
+    """
+    counts = dict.fromkeys(("problems", "written", "finished", "accepted", "duplicates", "held_out", "kept", "tokens"), 0)
+    counts["problems"] = len(asked.found.problems)
+    seen: set[str] = set()
+    with (folder / DATA).open("w", encoding="utf-8") as lines:
+        for index, sample in enumerate(samples):
+            problem = asked.found.problems[index // asked.samples]
+            right = asked.accepted(index, sample)
+            counts["written"] += 1
+            counts["finished"] += sample.finished
+            counts["accepted"] += right
+            if not {"accepted": right, "finished": sample.finished, "all": True}[entry.keep]:
+                continue
+            if normal(problem.question) in heldout:
+                counts["held_out"] += 1
+                continue
+            reply = asked.reply(index, sample)
+            same = normal(problem.question + "\n" + reply)
+            if same in seen:
+                counts["duplicates"] += 1
+                continue
+            seen.add(same)
+            counts["kept"] += 1
+            counts["tokens"] += len(sample.tokens)
+            row = _row(asked, index, reply, entry) | {"problem": problem.number, "accepted": right, "finished": sample.finished}
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    _define(folder, COLUMNS[entry.format])
+    return counts
+
+
+def _row(asked: Questions, index: int, reply: str, entry: Traces) -> dict[str, Any]:
+    number = index // asked.samples
+    if entry.format == "messages":
+        messages = messages_of(asked.found.problems[number], asked.section)
+        begun = opening(asked.section)
+        if not reply.lstrip().startswith(begun.strip()):  # the chat template wrote it, but a message has to hold it
+            reply = begun + reply
+        return {"messages": [*messages, {"role": "assistant", "content": reply}]}
+    prompt = stored_prompt(asked.texts[number], asked.tokenizer).removesuffix(asked.begun[number])
+    return {"text": prompt + reply} if entry.format == "text" else {"prompt": prompt, "completion": reply}
+
+
+class Starts:
+    """Starts of the texts that a teacher writes by itself, for as many batches as are asked for."""
+
+    def __init__(self, entry: Text, tokenizer: PreTrainedTokenizerBase, *, seed: int, key: str) -> None:
+        """
+        Raises:
+            RecipeError: the tokenizer has no token to start with.
+        """
+        self.entry, self.tokenizer = entry, tokenizer
+        self.data: Dataset | None = None
+        if entry.prefix_data:
+            self.data = load_many(entry.prefix_data, f"{key}.prefix_data")
+            generator = torch.Generator().manual_seed(seed)
+            self.order = torch.randperm(len(self.data), generator=generator).tolist()
+        starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+        if self.data is None and not starts:
+            raise RecipeError(f"{key}.prefix_tokens", "the tokenizer has no start or end token; give prefix_data and prefix_tokens")
+        self.start = starts[:1]
+
+    def prompts_of(self, batch: int) -> list[list[int]]:
+        """Token ids of a batch's prompts."""
+        size = self.entry.batch_size
+        if self.data is None:
+            return [list(self.start) for _ in range(size)]
+        rows = [self.order[(batch * size + place) % len(self.order)] for place in range(size)]
+        found = [document[: self.entry.prefix_tokens] for document in documents(self.data.select(rows), self.tokenizer)]
+        return [document or list(self.start) for document in found]
+
+
+def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sample]]], folder: Path) -> dict[str, int]:
+    """Write documents, token ids and text, below `folder`.
+
+    Args:
+        parts: prompts and samples of every batch in turn.
+
+    Returns:
+        counts: written, finished, duplicates, kept, tokens (that were drawn, of the kept documents).
+    """
+    counts = dict.fromkeys(("written", "finished", "duplicates", "kept", "tokens"), 0)
+    tokenizer, seen = starts.tokenizer, set()
+    with (folder / DATA).open("w", encoding="utf-8") as lines:
+        for prompts, samples in parts:
+            for prompt, sample in zip(prompts, samples, strict=True):
+                tokens = prompt + sample.tokens
+                special = 1 if tokens[:1] == starts.start else 0  # a trainer's tokenizer adds it again
+                text = tokenizer.decode(tokens[special:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+                counts["written"] += 1
+                counts["finished"] += sample.finished
+                same = normal(text)
+                if not same or same in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(same)
+                counts["kept"] += 1
+                counts["tokens"] += len(sample.tokens) + sample.finished
+                row = {"text": text, "tokens": tokens, "finished": sample.finished}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    _define(folder, COLUMNS["text"])
+    return counts
+
+
+def _define(folder: Path, columns: tuple[str, ...]) -> None:
+    """The data definition beside the rows, by which stages, and other recipes, read them."""
+    content = {"path": DATA, "columns": {name: name for name in columns}, "about": "Written by the recipe's teacher."}
+    (folder / DEFINITION).write_text(yaml.safe_dump(content))

@@ -1,0 +1,65 @@
+"""What is refused early of `write`, of `evaluate.solve`, and of `@NAME` in a list of data."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from transmla.data.heldout import check_heldout
+from transmla.data.problems import check_problems, require
+from transmla.data.sources import check_dataset
+from transmla.errors import RecipeError
+from transmla.recipe import Recipe
+from transmla.recipe_write import Sampling, Traces
+
+
+def check_written(recipe: Recipe, positions: int) -> None:
+    """Check everything that lets models write. positions: of the model.
+
+    Raises:
+        RecipeError: the first thing that would fail later, or an evaluation on what was written for.
+    """
+    online = not recipe.dry_run
+    for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
+        name, count = next(iter(Counter(entry.name for entry in entries).most_common(1)), ("", 0))
+        if count > 1:
+            raise RecipeError(key, f"two entries are called {name}; rename one")
+    for index, entry in enumerate(recipe.write):
+        key = f"write.{index}"
+        if entry.engine == "vllm":
+            require("vllm", "vllm", f"{key}.engine")
+        if isinstance(entry, Traces):
+            check_problems(entry.problems, f"{key}.problems", skip=entry.skip, limit=entry.limit, online=online)
+            _check_length(entry, key, positions, 1)
+            continue
+        for name in entry.prefix_data:
+            if name.startswith("@"):
+                raise RecipeError(f"{key}.prefix_data", f"{name} is written text; name a data definition or a file")
+            check_dataset(name, f"{key}.prefix_data", online=online)
+        _check_length(entry, key, positions, max(1, entry.prefix_tokens))
+    for index, solve in enumerate(recipe.evaluate.solve):
+        key = f"evaluate.solve.{index}"
+        check_problems(solve.problems, f"{key}.problems", skip=solve.skip, limit=solve.limit, online=online)
+        _check_length(solve, key, positions, 1)
+    check_heldout(recipe)
+
+
+def check_written_name(name: str, key: str, recipe: Recipe) -> None:
+    """Check that `@NAME` means an entry of `write`.
+
+    Raises:
+        RecipeError: it means none, or the list is of text to evaluate on.
+    """
+    known = [entry.name for entry in recipe.write]
+    if name.removeprefix("@") not in known:
+        there = f"it writes: {', '.join(known)}" if known else "it writes nothing"
+        raise RecipeError(key, f"{name} is no entry of the recipe's write ({there}); add one of this name")
+    if key == "evaluate.data":
+        raise RecipeError(key, f"{name} is text of the teacher's own; evaluate on held-out text")
+
+
+def _check_length(settings: Sampling, key: str, positions: int, prompt: int) -> None:
+    if prompt + settings.max_new_tokens > positions:
+        raise RecipeError(
+            f"{key}.max_new_tokens",
+            f"{settings.max_new_tokens} after a prompt is above the {positions} positions of the model; lower it",
+        )

@@ -1,0 +1,159 @@
+"""Kinds of stages: what they minimise, what they train, what is left of adapters."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.unit.test_recover import documents, losses, make_trainer
+from transmla.modeling.student import ATTENTION
+from transmla.recover.run import run_stage
+from transmla.recover.transfer import attention_errors
+
+
+def row() -> dict[str, torch.Tensor]:
+    tokens = torch.tensor([documents()[0]])
+    return {"input_ids": tokens, "labels": tokens.clone()}
+
+
+def test_sft_is_the_cross_entropy_of_unmasked_labels(tmp_path) -> None:
+    trainer = make_trainer("sft", tmp_path)
+    batch = row()
+    batch["labels"][:, :4] = -100
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"]).logits[0, :-1]
+        expected = F.cross_entropy(logits, batch["labels"][0, 1:], ignore_index=-100, reduction="sum")
+        got = trainer.objective(trainer.model, batch)
+    assert int(got.tokens) == batch["input_ids"].shape[1] - 4
+    torch.testing.assert_close(got.total, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stage, term",
+    [
+        ({"divergence": "reverse_kl"}, lambda p, q: (q * (q / p).log()).sum()),
+        ({"divergence": "jsd", "beta": 0.3}, lambda p, q: 0.3 * (p * (p / (0.3 * p + 0.7 * q)).log()).sum() + 0.7 * (q * (q / (0.3 * p + 0.7 * q)).log()).sum()),
+        ({"temperature": 2.0}, None),
+        ({"cross_entropy": 0.25}, lambda p, q: 0.75 * (p * (p / q).log()).sum()),
+    ],
+    ids=["reverse", "jsd", "temperature", "mixture"],
+)
+def test_distillation_is_what_the_recipe_says(stage, term, tmp_path) -> None:
+    trainer = make_trainer("distill", tmp_path, stage=stage)
+    batch = row()
+    with torch.no_grad():
+        ours, theirs = (m(batch["input_ids"]).logits[0, :-1].double() for m in (trainer.model, trainer.teacher))
+        got = float(trainer.objective(trainer.model, batch).total)
+    temperature = stage.get("temperature", 1.0)
+    p, q = (F.softmax(x / temperature, -1) for x in (theirs, ours))
+    expected = (temperature**2 * (p * (p / q).log()).sum()) if term is None else term(p, q)
+    if "cross_entropy" in stage:
+        expected = expected + 0.25 * F.cross_entropy(ours, batch["labels"][0, 1:], reduction="sum")
+    assert got == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_temperature_moves_linearly(tmp_path) -> None:
+    trainer = make_trainer("distill", tmp_path, steps=5, stage={"temperature": 3.0, "final_temperature": 1.0})
+    seen = []
+    for step in range(5):
+        trainer.state.global_step = step
+        seen.append(trainer.temperature())
+    assert seen == pytest.approx([3.0, 2.5, 2.0, 1.5, 1.0])
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill", "sft"])
+def test_adapters_learn_and_are_merged(kind: str, tmp_path) -> None:
+    """The merged student is the adapted one, only its attentions have changed, and nothing of peft is left."""
+    trainer, again = (
+        make_trainer(kind, tmp_path / name, stage={"train": "lora"}, steps=24, batch=4, learning_rate=3e-3)
+        for name in ("adapted", "merged")
+    )
+    before = {name: value.detach().clone() for name, value in trainer.student.state_dict().items()}
+    learning = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    assert learning and all("lora_" in name for name in learning)
+    tokens = row()["input_ids"]
+    trainer.train()
+    history = losses(trainer)
+    with torch.no_grad():
+        adapted = trainer.student.eval()(tokens).logits
+    run_stage(again, torch.float32)
+    student = again.student
+    assert losses(again) == history
+    assert set(student.state_dict()) == {name.replace(".base_layer", "") for name in before if "lora_" not in name}
+    with torch.no_grad():
+        torch.testing.assert_close(student(tokens).logits, adapted, rtol=1e-4, atol=1e-5)
+    for name, value in student.state_dict().items():
+        old = before[name if name in before else name.replace(".weight", ".base_layer.weight")]
+        assert torch.equal(value, old) == (ATTENTION not in name), name
+    assert sum(history[-4:]) < sum(history[:4])
+
+
+def test_adapters_resume_bitwise(tmp_path) -> None:
+    from transformers import TrainerCallback
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise Killed
+
+    options = dict(stage={"train": "lora"}, steps=4, save_steps=2)
+    straight = make_trainer("distill", tmp_path / "straight", **options)
+    run_stage(straight, torch.float32)
+    stopped = make_trainer("distill", tmp_path / "stopped", **options)
+    stopped.add_callback(Kill())
+    with pytest.raises(Killed):
+        stopped.train()
+    resumed = make_trainer("distill", tmp_path / "stopped", **options)
+    assert run_stage(resumed, torch.float32)["resumed_from"].endswith("checkpoint-2")
+    assert losses(resumed) == losses(straight)
+    for (name, one), other in zip(straight.student.named_parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def by_hand(trainer, tokens, *, stream: str, hidden: float) -> list[float]:
+    """Errors by layer, walking through both models one layer at a time."""
+    teacher, student = trainer.teacher, trainer.student
+    positions = torch.arange(tokens.shape[1])[None]
+    turn = teacher.model.rotary_emb(torch.zeros(1), positions)
+    own_turn = student.model.rotary_emb(torch.zeros(1), positions)
+    theirs = ours = teacher.model.embed_tokens(tokens)
+    found = []
+    for index, (one, other) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
+        start = theirs if stream == "teacher" else ours
+        expected, _ = one.self_attn(one.input_layernorm(theirs), position_embeddings=turn, attention_mask=None)
+        got, _ = other.self_attn(other.input_layernorm(start), position_embeddings=own_turn)
+        theirs = theirs + expected
+        theirs = theirs + one.mlp(one.post_attention_layernorm(theirs))
+        after = start + got
+        after = after + other.mlp(other.post_attention_layernorm(after))
+        ours = after
+        error = (got - expected).square().sum() + hidden * (after - theirs).square().sum()
+        found.append(float(error) / trainer.scales[index])
+    return found
+
+
+@pytest.mark.parametrize("stream", ["teacher", "student"])
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+def test_transfer_against_a_walk_by_hand(stream: str, hidden: float, tmp_path) -> None:
+    trainer = make_trainer("layerwise", tmp_path)
+    tokens = row()["input_ids"]
+    with torch.no_grad():
+        expected = by_hand(trainer, tokens, stream=stream, hidden=hidden)
+    got = attention_errors(
+        trainer.teacher, trainer.student, {"input_ids": tokens}, trainer.scales, stream=stream, hidden=hidden
+    )
+    assert got.tolist() == pytest.approx(expected, rel=1e-4)
+    # An attention answers for its own layer alone: the last layer's error has no gradient in the first.
+    first = next(trainer.student.model.layers[0].self_attn.parameters())
+    assert torch.autograd.grad(got[-1], first, retain_graph=True)[0].abs().max() == 0  # all errors are one stack
+    assert torch.autograd.grad(got[0], first)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("stage", [{"stream": "student"}, {"hidden": 0.5}, {"stream": "student", "hidden": 0.5}])
+def test_transfer_learns_on_either_stream(stage, tmp_path) -> None:
+    trainer = make_trainer("layerwise", tmp_path, stage=stage, steps=24, batch=4, learning_rate=3e-3)
+    trainer.train()
+    history = losses(trainer)
+    assert sum(history[-4:]) < 0.8 * sum(history[:4])

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,12 +27,8 @@ from pydantic import (
 )
 
 from transmla.errors import RecipeError
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values are frozen once validated."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from transmla.evaluate.settings import Requirement, TaskSource, check_names
+from transmla.section import Section
 
 
 class TokenizerEdits(Section):
@@ -165,9 +162,11 @@ AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
 
 
 class Evaluate(Section):
-    """Quality of teacher, converted, recovered and exported model on the same windows."""
+    """Quality of teacher, converted, recovered and exported model on the same windows and the same questions."""
 
     data: list[str]
+    tasks: Annotated[list[TaskSource], AfterValidator(check_names)] = []
+    require: list[Requirement] = []
     tokens: PositiveInt = 90_112  # a dataset
     max_length: PositiveInt = 2048
     batch_size: PositiveInt = 1

@@ -17,7 +17,7 @@ VERBS = {
     "evaluate": "evaluate whatever models are there and write the report",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
 }
-EXPORTING = ("recover", "export", "verify")  # verbs that end in a stock checkpoint
+EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
 USAGE = "usage: transmla VERB recipe=NAME [key.sub=value ...]\n       transmla zoo [recipe=NAME ...] [key.sub=value ...]\n"
 USAGE += "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
 

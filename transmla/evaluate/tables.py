@@ -58,16 +58,17 @@ def task_tables(tasks: dict[str, Any]) -> list[str]:
             lines += [f"### {title.capitalize()}, difference to the teacher in points", "", _head("task", *students)]
             for task in names:
                 lines.append(_cells(task, *(_difference(tasks[model][task], measure) for model in students)))
-            lines += ["", f"### {title.capitalize()}, questions with the teacher's choice, per cent", ""]
-            lines.append(_head("task", *students))
-            for task in names:
-                shares = (tasks[model][task]["agreement"][measure] for model in students)
-                lines.append(_cells(task, *(f"{100 * share:.1f}" for share in shares)))
             lines.append("")
+    if "teacher" in tasks and students:
+        lines += ["### Questions with the teacher's likeliest choice, per cent", "", _head("task", *students)]
+        for task in first:
+            shares = (tasks[model][task]["agreement"]["acc"] for model in students)
+            lines.append(_cells(task, *(f"{100 * share:.1f}" for share in shares)))
+        lines.append("")
     return [
         *lines,
         "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and only "
-        "questions on which they differ count. A difference whose interval holds 0 is not more than chance. Length-normalised: "
+        "questions on which they differ count. A difference whose interval holds 0 may be chance. Length-normalised: "
         "the choice with the highest log-likelihood a character. The average takes every task as one. Every answer: `answers.jsonl`.",
         "",
     ]

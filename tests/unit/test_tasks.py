@@ -158,14 +158,14 @@ def test_a_file_is_judged_as_the_harness_judges_its_task(tokenizer: PreTrainedTo
     task = TaskSource(task=str(harness_task(tmp_path / "harness")))
     check_tasks(Evaluate(data=["x"], tasks=[task]), online=True)
     verdicts = set()
-    for seed in range(10):
+    for seed in range(4):
         model = tiny_model()
         torch.manual_seed(seed)
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
         theirs, ours = ask(model, tokenizer, task), ask(model, tokenizer, TaskSource(path=str(write(tmp_path))))
         assert theirs == ours
         verdicts |= {tuple(ours.correct), tuple(ours.correct_norm)}
-    assert len(verdicts) > 4
+    assert len(verdicts) >= 3, "one verdict alone would hide a mistake"
     assert len(ask(model, tokenizer, task.model_copy(update={"limit": 2})).gold) == 2
 
 

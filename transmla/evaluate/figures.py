@@ -1,11 +1,18 @@
-"""tasks.png: accuracy of every model on every task, with its interval."""
+"""Error bars, and tasks.png: accuracy of every model on every task, with its interval."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 MEASURES = {"acc": "accuracy", "acc_norm": "length-normalised accuracy"}
+
+
+def error_bars(values: list[float], bounds: list[Sequence[float]]) -> list[list[float]]:
+    """Lengths below and above each value, as matplotlib takes them. bounds: (low, high) of each."""
+    pairs = list(zip(values, bounds, strict=True))
+    return [[value - low for value, (low, _) in pairs], [high - value for value, (_, high) in pairs]]
 
 
 def draw_tasks(tasks: dict[str, Any], folder: Path) -> None:
@@ -23,8 +30,7 @@ def draw_tasks(tasks: dict[str, Any], folder: Path) -> None:
             where = [place + (number - (len(tasks) - 1) / 2) * width for place in range(len(names))]
             values = [100 * summaries[task][measure] for task in names]
             bounds = [[100 * bound for bound in summaries[task][f"{measure}_interval"]] for task in names]
-            errors = [[v - b[0] for v, b in zip(values, bounds, strict=True)], [b[1] - v for v, b in zip(values, bounds, strict=True)]]
-            axes.bar(where, values, width, yerr=errors, capsize=2, label=model)
+            axes.bar(where, values, width, yerr=error_bars(values, bounds), capsize=2, label=model)
         axes.set(title=title, ylabel="per cent", ylim=(0, 100), xticks=range(len(names)), xticklabels=names)
         if names:
             axes.legend(fontsize="small", ncols=len(tasks))

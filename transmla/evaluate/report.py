@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transmla.artifacts import read_record, write_whole
-from transmla.evaluate.figures import draw_tasks
+from transmla.evaluate.figures import draw_tasks, error_bars
 from transmla.evaluate.summary import answer_lines, check_thresholds, compare_tasks, recovered
 from transmla.evaluate.tables import quality_table, recovered_table, task_tables, threshold_table
 from transmla.evaluate.tasks import Answers, read_answers
@@ -156,9 +156,8 @@ def draw_figures(report: dict[str, Any], folder: Path) -> None:
         for row, dataset in zip(grid, datasets, strict=True):
             for axes, key in zip(row, ("kl", "perplexity"), strict=True):
                 values = [quality[name][dataset][key] for name in names]
-                bounds = [quality[name][dataset][f"{key}_interval"] or (v, v) for name, v in zip(names, values, strict=True)]
-                errors = [[v - b[0] for v, b in zip(values, bounds, strict=True)], [b[1] - v for v, b in zip(values, bounds, strict=True)]]
-                bars = axes.bar(names, values, yerr=errors, capsize=3, color="tab:blue", width=0.6)
+                bounds = [quality[name][dataset][f"{key}_interval"] or (quality[name][dataset][key],) * 2 for name in names]
+                bars = axes.bar(names, values, yerr=error_bars(values, bounds), capsize=3, color="tab:blue", width=0.6)
                 axes.bar_label(bars, fmt="%.3g")
                 axes.set(title=dataset, ylabel={"kl": "KL to teacher, nats a token"}.get(key, key))
                 axes.margins(y=0.15)

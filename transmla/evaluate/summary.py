@@ -1,4 +1,4 @@
-"""What follows from the evaluations of several models: differences to the teacher, what was recovered, what was missed."""
+"""What follows from evaluations of several models: differences to the teacher, what was recovered, thresholds."""
 
 from __future__ import annotations
 
@@ -149,8 +149,9 @@ def measured(requirement: Requirement, report: dict[str, Any]) -> float | None:
 
 def missed(report: dict[str, Any]) -> list[str]:
     """A line for every threshold that was missed, with the value."""
-    return [
-        f"threshold missed: {entry['requirement']}, got {'nothing' if entry['value'] is None else format(entry['value'], '.4g')}"
-        for entry in report["required"]
-        if not entry["met"]
-    ]
+    lines = []
+    for entry in report["required"]:
+        if not entry["met"]:
+            value = "nothing" if entry["value"] is None else f"{entry['value']:.4g}"
+            lines.append(f"threshold missed: {entry['requirement']}, got {value}")
+    return lines

@@ -67,9 +67,10 @@ def task_tables(tasks: dict[str, Any]) -> list[str]:
         lines.append("")
     return [
         *lines,
-        "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and only "
-        "questions on which they differ count. A difference whose interval holds 0 may be chance. Length-normalised: "
-        "the choice with the highest log-likelihood a character. The average takes every task as one. Every answer: `answers.jsonl`.",
+        "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and "
+        "only questions on which they differ count. A difference whose interval holds 0 may be chance. "
+        "Length-normalised: the choice with the highest log-likelihood a character. The average takes every task as "
+        "one. Every answer: `answers.jsonl`.",
         "",
     ]
 

@@ -18,7 +18,7 @@ VERBS = {
     "evaluate": "evaluate whatever models are there and write the report",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
 }
-EXPORTING = ("recover", "export", "verify")  # verbs that end in a stock checkpoint
+EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
 USAGE = "usage: transmla VERB recipe=NAME [key.sub=value ...]\n       transmla zoo [recipe=NAME ...] [key.sub=value ...]\n"
 USAGE += "\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items())
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 where a recipe of the zoo failed; 2 for a user's mistake, printed as one line that names the recipe key and
+        0; 1 where a threshold was missed or a recipe of the zoo failed; 2 for a user's mistake, printed as one line that names the recipe key and
         the fix.
     """
     verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -73,7 +73,14 @@ def _run(verb: str, words: list[str]) -> int:
     getattr(pipeline, {"recover": "run", "traces": "write"}.get(verb, verb))()
     pipeline.state.wait_for_everyone()
     pipeline.state.destroy_process_group()  # gloo's threads may abort a process that ends without it
-    return 0
+    return report_missed(pipeline.missed)
+
+
+def report_missed(missed: list[str]) -> int:
+    """Print the thresholds that were missed; the exit code."""
+    if missed and os.environ.get("RANK", "0") == "0":
+        print("\n".join(missed), file=sys.stderr, flush=True)
+    return 1 if missed else 0
 
 
 def _zoo(names: list[str], overrides: list[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from transmla.artifacts import fingerprint
 from transmla.data.definition import find_definition
 from transmla.data.sources import local_files
+from transmla.evaluate.tasks import digests
 from transmla.preflight import Prepared
 from transmla.recipe_write import Solve, Traces
 from transmla.sources import identity
@@ -144,7 +145,8 @@ class Fingerprints:
         return fingerprint(
             {
                 "input": self._model(model),
-                "evaluate": section.model_dump(mode="json"),
+                "evaluate": section.model_dump(mode="json", exclude={"require"}),
+                "tasks": digests(section),
                 "data": self._data(section.data, "evaluate.data"),
                 "dtype": str(self.prepared.dtype),
             }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,7 @@ from transmla.data.sources import load_many
 from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
+from transmla.evaluate.summary import missed
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
@@ -41,6 +42,7 @@ class Pipeline(Writer):
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         self.digests = Fingerprints(prepared)
+        self.missed: list[str] = []  # thresholds of the recipe, after `evaluate`
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -233,10 +235,12 @@ class Pipeline(Writer):
             if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
                 self._answer(name, folder)
             self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
+        found: list[list[str]] = [[]]
         if self.state.is_main_process:
-            write_report(self.out, self.recipe, self.prepared.geometry, self._current_artifacts())
+            report = write_report(self.out, self.recipe, self.prepared.geometry, self._current_artifacts())
             self.say((self.out / "report.md").read_text())
-        self.state.wait_for_everyone()
+            found = [missed(report)]
+        self.missed = broadcast_object_list(found)[0]
 
     def _current_models(self) -> list[str]:
         """The models that are there and of the recipe's present settings."""
@@ -273,6 +277,7 @@ class Pipeline(Writer):
             layer_errors,
             reference_file,
         )
+        from transmla.evaluate.tasks import evaluate_tasks
 
         section, reference = self.recipe.evaluate, self.out / "evaluation" / "teacher"
         if folder is None:
@@ -285,6 +290,8 @@ class Pipeline(Writer):
         else:
             model = load_model(folder, self.prepared.dtype, self.device)
             record["quality"] = evaluate_student(model, name, section, reference)
+        if section.tasks:
+            record["tasks"] = evaluate_tasks(model, self.tokenizer, section, name, scratch)
         if name in ("teacher", "exported"):
             record["continuations"] = continue_prompts(model, self.tokenizer, section)
         else:

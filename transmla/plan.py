@@ -144,6 +144,8 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         *(f"solve        {entry.name}: at most {entry.max_new_tokens:,} tokens a reply" for entry in recipe.evaluate.solve),
+        *(f"             questions of {task.label}" for task in recipe.evaluate.tasks),
+        *(f"             required: {requirement.describe()}" for requirement in recipe.evaluate.require),
         "",
         f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {prepared.output}",
         *(f"writes       {prepared.output / name}" for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")),

@@ -13,6 +13,8 @@ from transformers import PretrainedConfig
 from transmla.convert.refit import stream_bytes
 from transmla.data.sources import check_dataset
 from transmla.errors import RecipeError
+from transmla.evaluate.require import check_requirements
+from transmla.evaluate.tasks import check_tasks
 from transmla.export.formats import Format, choose_format
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
@@ -68,6 +70,8 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     if section.searched and section.calibration.tokens < 2 * section.calibration.max_length:
         raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
     _check_data(recipe, config)
+    check_tasks(recipe.evaluate, online=not recipe.dry_run)
+    check_requirements(recipe)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
         missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - _already(output)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,6 +28,7 @@ from pydantic import (
 
 from transmla.errors import RecipeError
 from transmla.recipe_write import WRITINGS, AnyWriting, Solve
+from transmla.evaluate.settings import Requirement, TaskSource, check_names
 from transmla.section import Section
 
 
@@ -199,9 +201,11 @@ AnyStage = Annotated[Layerwise | Distill | Sft, Field(discriminator="kind")]
 
 
 class Evaluate(Section):
-    """Quality of teacher, converted, recovered and exported model on the same windows."""
+    """Quality of teacher, converted, recovered and exported model on the same windows and the same questions."""
 
     data: list[str]
+    tasks: Annotated[list[TaskSource], AfterValidator(check_names)] = []
+    require: list[Requirement] = []
     tokens: PositiveInt = 90_112  # a dataset
     max_length: PositiveInt = 2048
     batch_size: PositiveInt = 1

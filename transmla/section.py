@@ -1,4 +1,4 @@
-"""The base of every section of a recipe and of every data definition."""
+"""What every part of a recipe is: a frozen model that refuses unknown keys."""
 
 from __future__ import annotations
 

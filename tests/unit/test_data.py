@@ -1,5 +1,6 @@
 """Definitions of datasets and windows of tokens."""
 
+import gzip
 import json
 
 import pytest
@@ -33,21 +34,35 @@ def test_calibration_and_evaluation_samples_are_disjoint() -> None:
     assert sum(map(len, train["text"])) > 700_000 and sum(map(len, heldout["text"])) > 150_000
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt", "jsonl.gz", "txt.gz"])
 def test_local_formats(suffix: str, tmp_path) -> None:
-    file = tmp_path / f"data.{suffix}"
-    rows = [{"body": "one"}, {"body": "two"}]
-    if suffix == "jsonl":
-        file.write_text("\n".join(map(json.dumps, rows)))
-    elif suffix == "parquet":
+    """A definition may lie anywhere; its path is relative to it."""
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text" / f"data.{suffix}"
+    rows = [{"body": "one"}, {"body": "zwölf"}]
+    kind, _, packed = suffix.partition(".")
+    content = "\n".join(map(json.dumps, rows)) if kind == "jsonl" else "one\n<|doc|>\nzwölf"
+    if kind == "parquet":
         Dataset.from_list(rows).to_parquet(file)
     else:
-        file.write_text("one\n<|doc|>\ntwo")
+        file.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
     definition = tmp_path / "mine.yaml"
-    columns = "columns: {text: text}\nseparator: '<|doc|>'" if suffix == "txt" else "columns: {text: body}"
-    definition.write_text(f"path: {file.name}\n{columns}\nlicence: mine\n")
+    columns = "columns: {text: text}\nseparator: '<|doc|>'" if kind == "txt" else "columns: {text: body}"
+    definition.write_text(f"path: text/{file.name}\n{columns}\nlicence: mine\n")
     check_dataset(str(definition), "k", online=False)
-    assert load_one(str(definition), "k")["text"] == ["one", "two"]
+    assert load_one(str(definition), "k")["text"] == ["one", "zwölf"]
+    if kind != "jsonl":
+        return
+    file.write_text(json.dumps({"text": "plain"})) if not packed else file.write_bytes(gzip.compress(b'{"text": "plain"}'))
+    check_dataset(str(file), "k", online=False)  # a file named directly
+    assert load_one(str(file), "k")["text"] == ["plain"]
+
+
+def test_a_file_that_is_no_gzip_is_refused(tmp_path) -> None:
+    for name, content in (("plain.txt.gz", b"text"), ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-20])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecipeError, match="cannot be read"):
+            check_dataset(str(tmp_path / name), "k", online=False)
 
 
 def test_template(tmp_path) -> None:

@@ -14,9 +14,14 @@ from transmla.compose import share
 from transmla.errors import RecipeError
 from transmla.section import Section
 
-FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".jsonl.gz": "json", ".txt.gz": "text"}
 # What trl's trainers know: language modeling, conversations, prompt with completion. The last is no text to train on.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"problem", "answer"})
+
+
+def format_of(file: Path) -> str | None:
+    """The format of a file by its name, a value of `FORMATS`; None where it is unknown."""
+    return next((kind for suffix, kind in FORMATS.items() if file.name.endswith(suffix)), None)
 
 
 class DataDefinition(Section):
@@ -32,7 +37,7 @@ class DataDefinition(Section):
     when_empty: by column, the template to use instead in rows where that column is empty.
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
     join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
-    separator: for `.txt` files, what stands between two rows.
+    separator: for `.txt` and `.txt.gz` files, what stands between two rows.
     """
 
     hub: str | None = None
@@ -70,7 +75,7 @@ def find_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
 
     Args:
         name: a shipped definition, or the path of a `.yaml` definition, or of a `.jsonl`, `.parquet` or `.txt` file
-            with a `text` column; `NAME#train` or `NAME#test` for the first nine tenths of its rows or the rest.
+            with a `text` column (`.jsonl.gz` and `.txt.gz` likewise); `NAME#train` or `NAME#test` for the first nine tenths of its rows or the rest.
         key: recipe key, for errors.
     """
     name, sign, cut = name.partition("#")
@@ -128,7 +133,7 @@ def _pattern(folder: Path, start: str) -> str | None:
 
 def _read_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
     path = Path(name)
-    if path.suffix in FORMATS:
+    if format_of(path) is not None:
         return DataDefinition(path=str(path.resolve()), columns={"text": "text"}), Path.cwd()
     file = path if path.suffix in (".yaml", ".yml") else share("data") / f"{name}.yaml"
     if not file.is_file():

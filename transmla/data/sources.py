@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, TextIO
 
 from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
 
-from transmla.data.definition import FORMATS, DataDefinition, find_definition
+from transmla.data.definition import FORMATS, DataDefinition, find_definition, format_of
 from transmla.errors import RecipeError
 
 def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path]:
@@ -26,7 +28,7 @@ def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path
     files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     if not files or not all(file.is_file() for file in files):
         raise RecipeError(key, f"no such file: {path}; correct the path in the data definition")
-    if any(file.suffix not in FORMATS for file in files):
+    if any(format_of(file) is None for file in files):
         raise RecipeError(key, f"{path}: unknown format; use one of {', '.join(FORMATS)}")
     return files
 
@@ -83,17 +85,25 @@ def _hub_errors(definition: DataDefinition, key: str) -> Iterator[None]:
         raise RecipeError(key, f"cannot load {definition.hub}: {reason}; correct the definition") from None
 
 
+def _open(file: Path) -> TextIO:
+    """A text file, packed by gzip or not."""
+    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+
+
 def _first_row(file: Path, key: str) -> set[str] | None:
     if file.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
         table = parquet.ParquetFile(file)
         return set(table.schema_arrow.names) if table.metadata.num_rows else None
-    with file.open(encoding="utf-8") as lines:
-        first = next((line for line in lines if line.strip()), None)
+    try:
+        with _open(file) as lines:
+            first = next((line for line in lines if line.strip()), None)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # no gzip, cut off, or not UTF-8
+        raise RecipeError(key, f"{file} cannot be read: {error}; mend the file") from None
     if first is None:
         return None
-    if file.suffix == ".txt":
+    if format_of(file) == "text":
         return {"text"}
     try:
         row = json.loads(first)
@@ -152,12 +162,17 @@ def _load_rows(definition: DataDefinition, folder: Path, key: str) -> Dataset:
                 return load_dataset(**arguments, split=definition.split)
             stream = load_dataset(**arguments, split=definition.split, streaming=True)
             return Dataset.from_list(list(stream.take(definition.rows)))
-    if files[0].suffix == ".txt":
-        texts = [file.read_text(encoding="utf-8") for file in files]
+    kind = format_of(files[0])
+    assert kind is not None, "local_files knows every format"
+    if kind == "text":
+        texts = []
+        for file in files:
+            with _open(file) as lines:
+                texts.append(lines.read())
         rows = [part for text in texts for part in (text.split(definition.separator) if definition.separator else [text])]
         data = Dataset.from_dict({"text": [row.strip() for row in rows if row.strip()]})
     else:
-        data = load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+        data = load_dataset(kind, data_files=[str(file) for file in files], split="train")
     return data if definition.rows is None else data.select(range(min(definition.rows, len(data))))
 
 

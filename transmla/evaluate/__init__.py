@@ -1,1 +1,1 @@
-"""Quality: perplexity, KL to the teacher and top-1 agreement, and the report that shows them."""
+"""Quality: perplexity, KL to the teacher, top-1 agreement, questions with choices, and the report that shows them."""

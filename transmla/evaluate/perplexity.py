@@ -6,6 +6,9 @@ head turns a chunk of them into logits whenever they are needed.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from transmla.evaluate.intervals import mean, standard_error, student_t
 from transmla.modeling.backends import cap
 from transmla.modeling.window import final_softcap
 
@@ -23,12 +27,32 @@ CHUNK = 1024  # tokens whose logits exist at a time
 @dataclass(frozen=True)
 class Quality:
     """Means over all predicted tokens. perplexity: exp of the mean negative log-likelihood. kl: nats a token.
-    top1: share of tokens where student and teacher agree on the likeliest word."""
+    top1: share of tokens where student and teacher agree on the likeliest word.
+
+    kl_se, kl_interval, perplexity_interval: standard error and 95 % intervals, with windows as units, because tokens of
+    one window are not independent (Student's distribution; of perplexity in its logarithm). None for a single window.
+    """
 
     perplexity: float
     kl: float
     top1: float
     tokens: int
+    windows: int
+    kl_se: float | None
+    kl_interval: tuple[float, float] | None
+    perplexity_interval: tuple[float, float] | None
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 matrices in full precision. A trainer's `tf32` sets a switch of the whole process."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 @torch.no_grad()
@@ -58,20 +82,39 @@ def compare(
     """
     device = student_head.device
     student_head, teacher_head = student_head.float(), teacher_head.float()
-    nll = kl = agree = torch.zeros((), dtype=torch.float64, device=device)
-    target = windows[:, 1:].flatten()
+    count, length = len(windows), windows.shape[1] - 1
+    target = windows[:, 1:].flatten().to(device)
     own, other = student[:, :-1].flatten(0, 1), teacher[:, :-1].flatten(0, 1)
-    for start in range(0, len(target), CHUNK):
-        part = slice(start, start + CHUNK)
-        log_s = F.log_softmax(cap(own[part].to(device).float() @ student_head.T, softcap), dim=-1)
-        log_t = F.log_softmax(cap(other[part].to(device).float() @ teacher_head.T, softcap), dim=-1)
-        nll = nll - log_s.gather(1, target[part, None].to(device)).double().sum()
-        kl = kl + F.kl_div(log_s, log_t, log_target=True, reduction="sum").double()
-        agree = agree + (log_s.argmax(-1) == log_t.argmax(-1)).sum()
-    count = len(target)
+    sums = torch.zeros(3, count, dtype=torch.float64, device=device)  # by window: -log p, KL, agreements
+    with full_float32():
+        for start in range(0, len(target), CHUNK):
+            part = slice(start, start + CHUNK)
+            log_s = F.log_softmax(cap(own[part].to(device).float() @ student_head.T, softcap), dim=-1)
+            log_t = F.log_softmax(cap(other[part].to(device).float() @ teacher_head.T, softcap), dim=-1)
+            nll = -log_s.gather(1, target[part, None]).squeeze(1)
+            agree = log_s.argmax(-1) == log_t.argmax(-1)
+            kl = F.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+            window = torch.arange(start, start + len(nll), device=device) // length
+            sums.index_add_(1, window, torch.stack([nll, kl, agree.float()]).double())
+    nlls, kls, shares = (sums / length).tolist()
     return Quality(
-        perplexity=float(torch.exp(nll / count)), kl=float(kl / count), top1=float(agree / count), tokens=count
+        perplexity=math.exp(mean(nlls)),
+        kl=mean(kls),
+        top1=mean(shares),
+        tokens=len(target),
+        windows=count,
+        kl_se=standard_error(kls),
+        kl_interval=_interval(kls),
+        perplexity_interval=None if (bounds := _interval(nlls)) is None else (math.exp(bounds[0]), math.exp(bounds[1])),
     )
+
+
+def _interval(means: list[float]) -> tuple[float, float] | None:
+    error = standard_error(means)
+    if error is None:
+        return None
+    half = student_t(len(means) - 1) * error
+    return mean(means) - half, mean(means) + half
 
 
 class Judge:

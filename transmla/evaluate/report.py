@@ -8,6 +8,10 @@ from typing import Any
 
 from transmla.artifacts import read_record, write_whole
 from transmla.evaluate.written import collect_written, written_lines
+from transmla.evaluate.figures import draw_tasks, error_bars
+from transmla.evaluate.summary import answer_lines, check_thresholds, compare_tasks, recovered
+from transmla.evaluate.tables import quality_table, recovered_table, task_tables, threshold_table
+from transmla.evaluate.tasks import Answers, read_answers
 from transmla.geometry import MLAGeometry
 from transmla.recipe import Recipe
 
@@ -38,12 +42,14 @@ def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -
             logs.append({"name": name, "log": record["log"]})
     evaluations = {name: records[f"evaluate {name}"] for name in MODELS if f"evaluate {name}" in records}
     exported = records.get("export")
-    return {
+    tasks = {name: record["tasks"] for name, record in evaluations.items() if "tasks" in record}
+    report = {
         "recipe": recipe.name,
         "source": recipe.model.source,
         "geometry": records.get("convert", {}).get("geometry") or geometry.describe(),
         "stages": stages,
         "quality": {name: record["quality"] for name, record in evaluations.items()},
+        "tasks": compare_tasks(tasks, collect_answers(artifacts)),
         "layer_errors": {name: record["layer_errors"] for name, record in evaluations.items() if "layer_errors" in record},
         "continuations": {name: record["continuations"] for name, record in evaluations.items() if record.get("continuations")},
         "export": None
@@ -59,6 +65,15 @@ def collect(recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -
         "seed": recipe.seed,
         **collect_written(records),
     }
+    report["recovered"] = recovered(report)
+    report["required"] = check_thresholds(recipe.evaluate.require, report)
+    return report
+
+
+def collect_answers(artifacts: dict[str, Path]) -> dict[str, dict[str, Answers]]:
+    """By model, its answers to the questions with choices, for the models that were asked. artifacts: as in `collect`."""
+    folders = {name: artifacts[f"evaluate {name}"] for name in MODELS if f"evaluate {name}" in artifacts}
+    return {name: answers for name, folder in folders.items() if (answers := read_answers(folder))}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -80,11 +95,10 @@ def render(report: dict[str, Any]) -> str:
             "",
         ]
     for dataset in next(iter(report["quality"].values()), {}):
-        lines += [f"## Quality on {dataset}", "", "| model | perplexity | KL to teacher | top-1 agreement |", "|---|---|---|---|"]
-        for name, quality in report["quality"].items():
-            q = quality[dataset]
-            lines.append(f"| {name} | {q['perplexity']:.3f} | {q['kl']:.4f} | {100 * q['top1']:.1f} % |")
-        lines += ["", f"{q['tokens']:,} predicted tokens, the same windows for every model.", ""]
+        lines += quality_table(report, dataset)
+    lines += task_tables(report["tasks"])
+    lines += recovered_table(report["recovered"])
+    lines += threshold_table(report["required"])
     if report["export"]:
         export = report["export"]
         loader = "stock transformers" if export["format"] == "deepseek_v3" else "`import transmla`"
@@ -111,16 +125,20 @@ def render(report: dict[str, Any]) -> str:
 
 
 def write_report(out: Path, recipe: Recipe, geometry: MLAGeometry, artifacts: dict[str, Path]) -> dict[str, Any]:
-    """Write report.json, report.md and figures/*.png below `out`; returns the report."""
+    """Write report.json, report.md, figures/*.png and answers.jsonl below `out`; returns the report."""
     report = collect(recipe, geometry, artifacts)
     write_whole(out / "report.json", json.dumps(report, indent=1))
     write_whole(out / "report.md", render(report))
     draw_figures(report, out / "figures")
+    if report["tasks"]:
+        write_whole(out / "answers.jsonl", answer_lines(collect_answers(artifacts)))
+    else:
+        (out / "answers.jsonl").unlink(missing_ok=True)
     return report
 
 
 def draw_figures(report: dict[str, Any], folder: Path) -> None:
-    """loss.png, quality.png, layers.png; a figure without data is not drawn."""
+    """loss.png, quality.png, tasks.png, layers.png; a figure without data is not drawn."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,11 +158,14 @@ def draw_figures(report: dict[str, Any], folder: Path) -> None:
         grid = figure.subplots(len(datasets), 2, squeeze=False)
         for row, dataset in zip(grid, datasets, strict=True):
             for axes, key in zip(row, ("kl", "perplexity"), strict=True):
-                bars = axes.bar(names, [quality[name][dataset][key] for name in names], color="tab:blue", width=0.6)
+                values = [quality[name][dataset][key] for name in names]
+                bounds = [quality[name][dataset][f"{key}_interval"] or (quality[name][dataset][key],) * 2 for name in names]
+                bars = axes.bar(names, values, yerr=error_bars(values, bounds), capsize=3, color="tab:blue", width=0.6)
                 axes.bar_label(bars, fmt="%.3g")
                 axes.set(title=dataset, ylabel={"kl": "KL to teacher, nats a token"}.get(key, key))
                 axes.margins(y=0.15)
         figure.savefig(folder / "quality.png", dpi=120)
+    draw_tasks(report["tasks"], folder)
     if report["layer_errors"]:
         figure = Figure(figsize=(7, 3.4), layout="constrained")
         axes = figure.subplots()

@@ -1,0 +1,29 @@
+"""Whether the thresholds of a recipe name what the recipe measures, before anything runs."""
+
+from __future__ import annotations
+
+from transmla.errors import RecipeError
+from transmla.evaluate.settings import AVERAGE
+from transmla.recipe import Recipe
+
+
+def check_requirements(recipe: Recipe) -> None:
+    """Check models and names of `evaluate.require`.
+
+    Raises:
+        RecipeError: a threshold is about a model that the recipe does not make, or a name that it does not evaluate.
+    """
+    section = recipe.evaluate
+    tasks = [task.label for task in section.tasks]
+    solve = [str(entry["name"]) for entry in section.model_dump().get("solve", [])]
+    lists = {"accuracy_drop": ("evaluate.tasks", tasks), "solve_recovered": ("evaluate.solve", solve)}
+    for index, requirement in enumerate(section.require):
+        key = f"evaluate.require.{index}"
+        if requirement.model == "recovered" and not recipe.recover:
+            raise RecipeError(f"{key}.model", "the recipe has no recovery stage; use exported")
+        where, names = lists.get(requirement.measure, ("evaluate.data", section.data))
+        if not names:
+            raise RecipeError(f"{key}.measure", f"{requirement.measure} needs {where}, which is empty; fill it")
+        if requirement.data not in (*names, AVERAGE):
+            known = ", ".join([*names, AVERAGE])
+            raise RecipeError(f"{key}.data", f"{requirement.data} is none of {where}; use one of: {known}")

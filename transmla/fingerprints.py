@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from transmla.artifacts import fingerprint
 from transmla.data.definition import find_definition
 from transmla.data.sources import local_files
 from transmla.preflight import Prepared
+from transmla.recipe import Part, data_names
 from transmla.sources import identity
 
 FORMAT = 2  # raise it when the same settings would give another result than before
@@ -27,9 +29,9 @@ class Fingerprints:
         self.prepared = prepared
         self.recipe = prepared.recipe
 
-    def _data(self, names: list[str], key: str) -> list[Any]:
+    def _data(self, data: Sequence[str | Part], key: str) -> list[Any]:
         found = []
-        for name in names:
+        for name in data_names(data):
             definition, folder = find_definition(name, key)
             files = [file.stat() for file in local_files(definition, folder, key)]
             sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.artifacts import is_current, publishing, versions
-from transmla.data.sources import load_many
+from transmla.data.mixture import load_mixture
 from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
@@ -27,6 +28,7 @@ from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.maker import Maker
 from transmla.preflight import Prepared
+from transmla.recipe import Part
 from transmla.sources import check_facts, fetch, load_model
 
 
@@ -152,7 +154,7 @@ class Pipeline(Maker):
                 self.teacher,
                 self.tokenizer,
                 config,
-                load_many(stage.data, f"recover.{index}.data"),
+                load_mixture(stage.data, f"recover.{index}.data", self.tokenizer, self.recipe.seed),
                 scales=self._scales(),
             )
         result = run_stage(trainer, self.prepared.dtype)
@@ -274,8 +276,11 @@ class Pipeline(Maker):
             window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
-    def _windows(self, names: list[str], key: str, tokens: int, length: int, seed: int | None = None) -> Tensor:
-        return named_windows(names, key, self.tokenizer, tokens=tokens, length=length, seed=seed)
+    def _windows(
+        self, data: Sequence[str | Part], key: str, tokens: int, length: int, seed: int | None = None
+    ) -> Tensor:
+        mixing = self.recipe.seed
+        return named_windows(data, key, self.tokenizer, tokens=tokens, length=length, seed=seed, mixing_seed=mixing)
 
     def _calibration_windows(self) -> Tensor:
         text = self.recipe.convert.calibration

@@ -115,13 +115,13 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *([f"note         {prepared.notice}"] if prepared.notice else []),
         "",
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
-        f"{', '.join(recipe.convert.calibration.data)}",
+        f"{', '.join(map(str, recipe.convert.calibration.data))}",
     ]
     for index, stage in enumerate(recipe.recover):
         trained = sizes.student if stage.train == "all" else sizes.attention
         memory = training_memory(stage, sizes, config, dtype) / 2**30
         lines.append(
-            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(stage.data)}, "
+            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
             f"about {memory:.1f} GiB a device"
         )

@@ -19,7 +19,7 @@ from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
-from transmla.recipe import Recipe
+from transmla.recipe import Recipe, data_names
 from transmla.sources import source_config
 
 
@@ -83,7 +83,7 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
     for key, names in used:
         if not names:
             raise RecipeError(key, "no dataset is named; name at least one")
-        for name in names:
+        for name in data_names(names):
             check_dataset(name, key, online=not recipe.dry_run)
     limit = config.max_position_embeddings
     lengths = {

@@ -13,12 +13,15 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -68,10 +71,58 @@ class ModelSource(Section):
         return self
 
 
+class Part(Section):
+    """A dataset with its filters and its share of a mixture (transmla.data.mixture).
+
+    weight: share of the mixture's tokens, relative to the other parts' weights.
+    min_tokens, max_tokens: rows (documents, conversations) of another length are left out.
+    rows: only the first so many of the rows that pass.
+    repeat: rows may come more than once where the others' weights ask for more than there is.
+    """
+
+    name: str
+    weight: PositiveFloat | None = None
+    min_tokens: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    rows: PositiveInt | None = None
+    repeat: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Part:
+        if self.repeat and self.weight is None:
+            raise ValueError("repeat is for a part of a mixture; give it a weight")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}; no row can pass")
+        return self
+
+    def __str__(self) -> str:
+        return self.name if self.weight is None else f"{self.name} (weight {self.weight:g})"
+
+
+def _all_weights_or_none(data: list[str | Part]) -> list[str | Part]:
+    missing = [str(entry) for entry in data if isinstance(entry, str) or entry.weight is None]
+    if missing and len(missing) < len(data):
+        raise ValueError(f"give every dataset of a mixture a weight, or none; {', '.join(missing)} has none")
+    return data
+
+
+# A dataset's name, or a mapping; the tags keep an error of one branch from being reported as two.
+_Entry = Annotated[
+    Annotated[str, Tag("dataset name")] | Annotated[Part, Tag("part")],
+    Discriminator(lambda value: "dataset name" if isinstance(value, str) else "part"),
+]
+DataList = Annotated[list[_Entry], AfterValidator(_all_weights_or_none)]
+
+
+def data_names(data: typing.Sequence[str | Part]) -> list[str]:
+    """The names of the datasets in a `data` list."""
+    return [entry if isinstance(entry, str) else entry.name for entry in data]
+
+
 class Calibration(Section):
     """Text that the second moments are measured on."""
 
-    data: list[str]
+    data: DataList
     tokens: PositiveInt = 131_072
     max_length: PositiveInt = 1024
     batch_size: PositiveInt = 8
@@ -135,7 +186,7 @@ class Convert(Section):
 class Stage(Section):
     """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
 
-    data: list[str]
+    data: DataList
     tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
     trainer: dict[str, Any] = {}
 
@@ -162,6 +213,7 @@ class Distill(Stage):
 
 STAGES = {"layerwise": Layerwise, "distill": Distill}
 AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
+TAGS: dict[str, Any] = STAGES | {"part": Part, "dataset name": str}  # what a discriminator writes into an error's location
 
 
 class Evaluate(Section):
@@ -288,8 +340,8 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     parts: list[str] = []
     model: Any = Recipe
     for index, part in enumerate(location):
-        if parts and parts[-1].isdigit() and part in STAGES:  # the discriminator's tag is no key
-            model = STAGES[str(part)]
+        if parts and parts[-1].isdigit() and part in TAGS:  # the discriminator's tag is no key
+            model = TAGS[str(part)]
             continue
         if part in ("int", "bool", "constrained-int") or str(part).startswith("literal["):  # branches of a union of types are no keys
             continue

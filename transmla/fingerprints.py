@@ -10,13 +10,29 @@ from typing import Any
 from transmla.artifacts import fingerprint
 from transmla.data.definition import find_definition
 from transmla.data.sources import local_files
+from transmla.entries import Part, data_names
 from transmla.preflight import Prepared
-from transmla.recipe import Part, data_names
 from transmla.sources import identity
 
 FORMAT = 2  # raise it when the same settings would give another result than before
 # Keys of a trainer that change what is written or shown, not what is learned.
 COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
+
+# Keys of a trainer that decide which tokens make which row.
+PREPARATION = (
+    "packing",
+    "packing_strategy",
+    "max_length",
+    "shuffle_dataset",
+    "padding_free",
+    "pad_to_multiple_of",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "dataset_kwargs",
+)
 
 
 class Fingerprints:
@@ -67,6 +83,21 @@ class Fingerprints:
                 "input": self.stage(index - 1),
                 "stage": settings,
                 "data": self._data(stage.data, f"recover.{index}.data"),
+            }
+        )
+
+    def recording(self, index: int) -> str:
+        """Of what stage `index` has recorded of its teacher, as far as can be told without tokenising."""
+        stage = self.recipe.recover[index]
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+                "data": self._data(stage.data, f"recover.{index}.data"),
+                "mixture": stage.model_dump(mode="json")["data"],
+                "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer},
+                "record": stage.record.model_dump(mode="json", exclude={"folder"}),
             }
         )
 

@@ -22,17 +22,17 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transmla.artifacts import is_current, publishing, versions
 from transmla.data.mixture import load_mixture
 from transmla.data.windows import named_windows
+from transmla.entries import Part
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
-from transmla.maker import Maker
 from transmla.preflight import Prepared
-from transmla.recipe import Part
+from transmla.recordings import Recordings
 from transmla.sources import check_facts, fetch, load_model
 
 
-class Pipeline(Maker):
+class Pipeline(Recordings):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -79,6 +79,7 @@ class Pipeline(Maker):
 
     def run(self) -> None:
         """Everything: convert, recover, export with verification, evaluate, report."""
+        self.check_recordings()
         self.convert()
         self.recover()
         self.export()

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from transmla.convert.refit import stream_bytes
 from transmla.data.sources import check_dataset
+from transmla.entries import data_names
 from transmla.errors import RecipeError
 from transmla.export.formats import Format, choose_format
 from transmla.families import family_of
@@ -19,7 +20,7 @@ from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
-from transmla.recipe import Recipe, data_names
+from transmla.recipe import Recipe
 from transmla.sources import source_config
 
 

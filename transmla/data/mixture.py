@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.sources import join_kinds, load_many, load_one
+from transmla.entries import Part
 from transmla.errors import RecipeError
-from transmla.recipe import Part
 
 
 def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -42,7 +42,7 @@ def load_mixture(
     the weights, to within a row.
 
     Args:
-        entries: names, or parts with filters and weights (transmla.recipe.Part).
+        entries: names, or parts with filters and weights (transmla.entries.Part).
         key: recipe key, for errors.
         seed: of the draw.
         joined: as in `transmla.data.sources.load_one`, for plain names; rows that are counted stay apart.

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.mixture import documents, load_mixture
+from transmla.entries import Part
 from transmla.errors import RecipeError
-from transmla.recipe import Part
 
 POOL = 16  # text that random windows are drawn from, in budgets
 

@@ -140,37 +140,38 @@ class Pipeline(Recordings):
         started = time.monotonic()
         reset_peak_memory(self.prepared.device)
         before = self.stage_folder(index - 1) if index else self.out / "converted"
-        config = trainer_config(
-            stage,
-            work,
-            seed=self.recipe.seed,
-            device=self.prepared.device,
-            dtype=self.prepared.dtype,
-            processes=self.state.num_processes,
-        )
+        settings = {
+            "seed": self.recipe.seed,
+            "device": self.prepared.device,
+            "dtype": self.prepared.dtype,
+            "processes": self.state.num_processes,
+        }
+        key = f"recover.{index}.data"
+        data = load_mixture(stage.data, key, self.tokenizer, self.recipe.seed)
+        student = load_model(before, self.prepared.dtype, self.device)
         with tensorboard_folder(self.out / "logs"):
-            trainer = build_trainer(
-                stage,
-                load_model(before, self.prepared.dtype, self.device),
-                self.teacher,
-                self.tokenizer,
-                config,
-                load_mixture(stage.data, f"recover.{index}.data", self.tokenizer, self.recipe.seed),
-                scales=self._scales(),
-            )
-        result = run_stage(trainer, self.prepared.dtype)
+            if stage.kind == "on_policy":
+                from transmla.recover.on_policy import train_on_policy
+
+                result = train_on_policy(stage, student, self.teacher, self.tokenizer, data, work, key=key, **settings)
+            else:
+                config = trainer_config(stage, work, **settings)
+                scales = self._scales()
+                trainer = build_trainer(stage, student, self.teacher, self.tokenizer, config, data, scales=scales)
+                result = run_stage(trainer, self.prepared.dtype)
+                del trainer
         if self.state.is_main_process:
             record = {"name": label, "fingerprint": digest, "versions": versions(), **result}
             record["processes"] = self.state.num_processes
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
-                self._save_student(trainer.model, scratch)
+                self._save_student(student, scratch)
                 record["seconds"] = round(time.monotonic() - started, 1)
                 record["peak_memory_bytes"] = peak_memory(self.prepared.device)
             self.say(f"[{label}] {record['seconds']} s")
             shutil.rmtree(work)
         self.state.wait_for_everyone()
-        del trainer
+        del student
         gc.collect()
 
     def export(self) -> None:

@@ -95,6 +95,11 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
         f"recover.{index}.trainer.max_length": stage.trainer.get("max_length") or 0
         for index, stage in enumerate(recipe.recover)
     }
+    lengths |= {
+        f"recover.{index}.prompt_tokens + max_new_tokens": stage.prompt_tokens + stage.max_new_tokens
+        for index, stage in enumerate(recipe.recover)
+        if stage.kind == "on_policy"
+    }
     for key, length in lengths.items():
         if length > limit:
             raise RecipeError(key, f"{length} is above the {limit} positions of the model; lower it")

@@ -6,20 +6,14 @@ receives its own section of it, never the whole.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
-from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -27,6 +21,7 @@ from pydantic import (
 
 from transmla.entries import DataList, Part, Section
 from transmla.errors import RecipeError
+from transmla.trainer_keys import check_trainer_key, suggest
 
 
 class TokenizerEdits(Section):
@@ -133,11 +128,12 @@ class Stage(Section):
     data: DataList
     tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
     trainer: dict[str, Any] = {}
+    trainer_config: ClassVar[str] = "SFTConfig"
 
     @field_validator("trainer")
     @classmethod
     def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {key: _check_trainer_key(key, item) for key, item in value.items()}
+        return {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
 
 
 class Layerwise(Stage):
@@ -175,8 +171,28 @@ class Distill(Stage):
         return self
 
 
-STAGES = {"layerwise": Layerwise, "distill": Distill}
-AnyStage = Annotated[Layerwise | Distill, Field(discriminator="kind")]
+class OnPolicy(Stage):
+    """Divergence from the teacher on the student's own continuations (arXiv:2306.13649), by trl's DistillationTrainer.
+
+    prompts: of the data's conversations, all but the last turn of the assistant; `prompt` columns as they are; of text,
+        the first prompt_tokens of every piece of prompt_tokens + max_new_tokens. Longer prompts are left out.
+    tokens: the budget counts prompt_tokens + max_new_tokens for every continuation, however long it becomes.
+    temperature: of sampling, and of both distributions in the divergence.
+    beta: 1 is KL(student | teacher), 0 is KL(teacher | student), between them the generalised Jensen-Shannon divergence.
+    trainer: keys of trl's DistillationConfig.
+    """
+
+    kind: Literal["on_policy"]
+    train: Literal["attention", "all"] = "attention"
+    prompt_tokens: PositiveInt = 512
+    max_new_tokens: PositiveInt = 512
+    temperature: PositiveFloat = 1.0
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    trainer_config: ClassVar[str] = "DistillationConfig"
+
+
+STAGES = {"layerwise": Layerwise, "distill": Distill, "on_policy": OnPolicy}
+AnyStage = Annotated[Layerwise | Distill | OnPolicy, Field(discriminator="kind")]
 TAGS: dict[str, Any] = STAGES | {"part": Part, "dataset name": str}  # what a discriminator writes into an error's location
 
 
@@ -227,55 +243,6 @@ class Recipe(Section):
     export: Export = Export()
 
 
-# Keys of trl's config that another part of the recipe decides.
-RESERVED_TRAINER_KEYS = {
-    "output_dir": "output_dir",
-    "max_steps": "recover.N.tokens",
-    "num_train_epochs": "recover.N.tokens",
-    "seed": "seed",
-    "data_seed": "seed",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "use_cpu": "device",
-    "loss_type": "recover.N.kind",
-    "do_train": "recover",
-    "do_eval": "evaluate",
-    "eval_strategy": "evaluate",
-    "average_tokens_across_devices": "nothing (the loss is always the mean over the global batch's tokens)",
-    "resume_from_checkpoint": "output_dir (a stage resumes by itself)",
-    "dataset_text_field": "data definition's columns",
-    "model_init_kwargs": "model",
-}
-
-
-@cache
-def _trainer_types() -> dict[str, Any]:
-    from trl import SFTConfig
-
-    hints = typing.get_type_hints(SFTConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
-
-
-def _check_trainer_key(key: str, value: Any) -> Any:
-    """Validate one key of `trainer` against trl's SFTConfig; returns the value in the field's type."""
-    types = _trainer_types()
-    if value is None and key in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        raise ValueError(f"trainer.{key} must be a number: the token budget is divided by it")
-    if key in RESERVED_TRAINER_KEYS:
-        raise ValueError(f"trainer.{key} is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
-    if key not in types:
-        raise ValueError(f"trainer.{key} is not a key of trl's SFTConfig{_suggest(key, types)}")
-    try:
-        return TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"trainer.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
-
-
-def _suggest(key: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def validate_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a plain tree of values.
 
@@ -289,7 +256,7 @@ def validate_recipe(tree: dict[str, Any]) -> Recipe:
         key, section = _dotted(first["loc"])
         if first["type"] == "extra_forbidden":
             leaf = key.rsplit(".", 1)[-1]
-            raise RecipeError(key, f"unknown key{_suggest(leaf, section)}; remove it or correct its name") from None
+            raise RecipeError(key, f"unknown key{suggest(leaf, section)}; remove it or correct its name") from None
         if first["type"] == "missing":
             raise RecipeError(key, "required key is missing; add it to the recipe") from None
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -18,6 +18,7 @@ from transmla.errors import RecipeError
 from transmla.modeling.student import ATTENTION
 from transmla.plan import steps_of
 from transmla.recipe import OnPolicy, validate_recipe
+from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.on_policy import build_on_policy, on_policy_config, prompt_ids, prompt_order, run_on_policy, train_on_policy
 
 VOCAB = 260
@@ -91,7 +92,7 @@ def test_the_loss_is_the_divergence_on_the_students_samples(beta: float, tempera
     batch = trainer._generate_and_score_completions([trainer.train_dataset[index] for index in range(6)])
     count = int(batch["completion_mask"].sum())
     assert len(set(batch["completion_mask"].sum(1).tolist())) > 2 and count > 12
-    loss = trainer.compute_loss(trainer.model, batch)
+    loss = trainer.compute_loss(trainer.model, batch).detach()
     student, teacher = copy.deepcopy(trainer.model).double(), copy.deepcopy(trainer.teacher_model).double()
     for model in (student, teacher):
         vars(model).pop("forward", None)
@@ -167,6 +168,19 @@ def test_stopped_and_resumed_equals_straight(converted, words, tmp_path) -> None
         assert torch.equal(one, other)
 
 
+def test_a_torso_of_a_checkpoint_is_not_resumed_from(converted, words, tmp_path, monkeypatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def dying(self, folder: str) -> None:
+        raise Killed
+
+    monkeypatch.setattr("transformers.Trainer._save_rng_state", dying)
+    with pytest.raises(Killed):
+        run_on_policy(make(stage_of(steps=4, save_steps=2), converted, words, tmp_path), torch.float32)
+    assert last_checkpoint(tmp_path) is None
+
+
 @pytest.mark.parametrize("train", ["attention", "all"])
 def test_bfloat16_and_what_is_left_behind(train: str, converted, words, tmp_path) -> None:
     """Trained weights are float32 meanwhile; afterwards both models, their settings and the tokenizer are as before."""
@@ -174,6 +188,7 @@ def test_bfloat16_and_what_is_left_behind(train: str, converted, words, tmp_path
     words = copy.deepcopy(words)
     words.pad_token = None
     student.config.pad_token_id = None
+    teacher.generation_config.pad_token_id = None
     student.generation_config = teacher.generation_config  # as conversion leaves them
     generation = teacher.generation_config.to_dict()
     before = student.state_dict()["model.layers.0.self_attn.o_proj.weight"].clone()
@@ -244,7 +259,7 @@ def test_the_stage_in_a_recipe(tmp_path, capsys) -> None:
         {"kind": "on_policy", "data": ["sample_train"], "tokens": 512, "prompt_tokens": 16, "max_new_tokens": 16, "trainer": trainer},
     ]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
-    words = [f"recipe={tmp_path}/mine.yaml", "device=cpu", f"output_dir={tmp_path}/out"]
+    words = [f"recipe={tmp_path}/mine.yaml", "device=cpu", "threads=1", f"output_dir={tmp_path}/out"]
     assert main(["recover", *words, "recover.1.max_new_tokens=500"]) == 2
     assert "recover.1.prompt_tokens + max_new_tokens: 516 is above the 512 positions" in capsys.readouterr().err
     assert main(["recover", *words, "dry_run=true"]) == 0

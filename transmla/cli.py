@@ -15,6 +15,7 @@ VERBS = {
     "convert": "only make the converted student",
     "export": "only export the recovered student, with verification",
     "verify": "check an existing export again in a fresh process",
+    "record": "write the teacher's top-k log-probabilities for the stages whose teacher is recorded",
     "evaluate": "evaluate whatever models are there and write the report",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transmla.artifacts import fingerprint
 from transmla.data.definition import find_definition
 from transmla.data.sources import local_files
+from transmla.entries import Part, data_names
 from transmla.evaluate.tasks import digests
 from transmla.preflight import Prepared
 from transmla.recipe_write import Solve, Traces
@@ -17,6 +19,22 @@ from transmla.sources import identity
 FORMAT = 2  # raise it when the same settings would give another result than before
 # Keys of a trainer that change what is written or shown, not what is learned.
 COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
+
+# Keys of a trainer that decide which tokens make which row.
+PREPARATION = (
+    "packing",
+    "packing_strategy",
+    "max_length",
+    "shuffle_dataset",
+    "padding_free",
+    "pad_to_multiple_of",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "dataset_kwargs",
+)
 
 
 class Fingerprints:
@@ -29,9 +47,9 @@ class Fingerprints:
         self.prepared = prepared
         self.recipe = prepared.recipe
 
-    def _data(self, names: list[str], key: str) -> list[Any]:
+    def _data(self, data: Sequence[str | Part], key: str) -> list[Any]:
         found: list[Any] = []
-        for name in names:
+        for name in data_names(data):
             if name.startswith("@"):
                 found.append(self.written(name.removeprefix("@")))
                 continue
@@ -116,6 +134,21 @@ class Fingerprints:
                 "input": self.stage(index - 1),
                 "stage": settings,
                 "data": self._data(stage.data, f"recover.{index}.data"),
+            }
+        )
+
+    def recording(self, index: int) -> str:
+        """Of what stage `index` has recorded of its teacher, as far as can be told without tokenising."""
+        stage = self.recipe.recover[index]
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+                "data": self._data(stage.data, f"recover.{index}.data"),
+                "mixture": stage.model_dump(mode="json")["data"],
+                "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer},
+                "record": stage.record.model_dump(mode="json", exclude={"folder"}),
             }
         )
 

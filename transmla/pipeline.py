@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.artifacts import is_current, publishing, versions
-from transmla.data.sources import load_many
+from transmla.data.mixture import load_mixture
 from transmla.data.windows import named_windows
+from transmla.entries import Part
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
 from transmla.evaluate.summary import missed
@@ -28,11 +30,17 @@ from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
 from transmla.recipe import AnyStage
+from transmla.recordings import Recordings, is_recorded
 from transmla.sources import check_facts, fetch, load_model
 from transmla.writing import Writer
 
 
-class Pipeline(Writer):
+def is_other(stage: AnyStage) -> bool:
+    """Whether a stage's teacher is a model of its own."""
+    return stage.kind == "distill" and not isinstance(stage.teacher, str)
+
+
+class Pipeline(Writer, Recordings):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -80,7 +88,9 @@ class Pipeline(Writer):
 
     def run(self) -> None:
         """Everything: write, convert, recover, export with verification, evaluate, report."""
+        self.check_teachers()
         self.write()
+        self.check_recordings()
         self.convert()
         self.recover()
         self.export()
@@ -141,46 +151,61 @@ class Pipeline(Writer):
         started = time.monotonic()
         reset_peak_memory(self.prepared.device)
         before = self.stage_folder(index - 1) if index else self.out / "converted"
-        config = trainer_config(
-            stage,
-            work,
-            seed=self.recipe.seed,
-            device=self.prepared.device,
-            dtype=self.prepared.dtype,
-            processes=self.state.num_processes,
-        )
+        settings = {
+            "seed": self.recipe.seed,
+            "device": self.prepared.device,
+            "dtype": self.prepared.dtype,
+            "processes": self.state.num_processes,
+        }
+        key = f"recover.{index}.data"
+        data = load_mixture(self._names(stage.data, key), key, self.tokenizer, self.recipe.seed)
+        student = load_model(before, self.prepared.dtype, self.device)
         with tensorboard_folder(self.out / "logs"):
-            trainer = build_trainer(
-                stage,
-                load_model(before, self.prepared.dtype, self.device),
-                self._teacher_of(stage),
-                self.tokenizer,
-                config,
-                load_many(self._names(stage.data, f"recover.{index}.data"), f"recover.{index}.data"),
-                scales=self._scales(),
-            )
-        result = run_stage(trainer, self.prepared.dtype)
+            if stage.kind == "on_policy":
+                from transmla.recover.on_policy import train_on_policy
+
+                result = train_on_policy(stage, student, self.teacher, self.tokenizer, data, work, key=key, **settings)
+            else:
+                config = trainer_config(stage, work, **settings)
+                trainer = build_trainer(
+                    stage, student, self._teacher_of(stage), self.tokenizer, config, data, scales=self._scales()
+                )
+                if is_recorded(stage):
+                    self._read_recording(index, trainer)
+                result = run_stage(trainer, self.prepared.dtype)
+                del trainer
         if self.state.is_main_process:
             record = {"name": label, "fingerprint": digest, "versions": versions(), **result}
             record["processes"] = self.state.num_processes
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
-                self._save_student(trainer.student, scratch)
+                self._save_student(student, scratch)
                 record["seconds"] = round(time.monotonic() - started, 1)
                 record["peak_memory_bytes"] = peak_memory(self.prepared.device)
             self.say(f"[{label}] {record['seconds']} s")
             shutil.rmtree(work)
         self.state.wait_for_everyone()
-        del trainer
+        del student
         gc.collect()
 
     def _teacher_of(self, stage: AnyStage) -> PreTrainedModel | None:
         """The model that a stage's loss asks, or None."""
-        if stage.kind == "sft":
+        if stage.kind == "sft" or is_recorded(stage):
             return None
-        if stage.kind == "distill" and stage.teacher != "source":
+        if is_other(stage):
             return load_model(fetch(stage.teacher), self.prepared.dtype, self.device)
         return self.teacher
+
+    def check_teachers(self) -> None:
+        """Refuse, before any weight is loaded, a teacher that reads other tokens than the source."""
+        for index, stage in enumerate(self.recipe.recover):
+            if is_other(stage):
+                other = AutoTokenizer.from_pretrained(fetch(stage.teacher))
+                if other.get_vocab() != self.tokenizer.get_vocab():
+                    raise RecipeError(
+                        f"recover.{index}.teacher",
+                        f"{stage.teacher.source} has another tokenizer than the source; name one that shares it",
+                    )
 
     def export(self) -> None:
         """The final checkpoint, published only when a fresh process agrees with the student."""
@@ -298,8 +323,11 @@ class Pipeline(Writer):
             window = load_file(reference_file(reference, section.data[0]))["windows"][:1]
             record["layer_errors"] = layer_errors(self.teacher, model, window, self._scales())
 
-    def _windows(self, names: list[str], key: str, tokens: int, length: int, seed: int | None = None) -> Tensor:
-        return named_windows(self._names(names, f"{key}.data"), key, self.tokenizer, tokens=tokens, length=length, seed=seed)
+    def _windows(
+        self, data: Sequence[str | Part], key: str, tokens: int, length: int, seed: int | None = None
+    ) -> Tensor:
+        data, mixing = self._names(data, f"{key}.data"), self.recipe.seed
+        return named_windows(data, key, self.tokenizer, tokens=tokens, length=length, seed=seed, mixing_seed=mixing)
 
     def _calibration_windows(self) -> Tensor:
         text = self.recipe.convert.calibration

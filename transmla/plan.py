@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, student_config
-from transmla.recipe import AnyStage, Convert, Recipe
+from transmla.recipe import AnyStage, Convert, OnPolicy, Recipe
 
 if TYPE_CHECKING:
     from transmla.preflight import Prepared
@@ -45,7 +45,9 @@ def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
 
 def micro_batch(stage: AnyStage) -> int:
     """Tokens a device handles at a time."""
-    return int(stage.trainer.get("max_length", 1024)) * int(stage.trainer.get("per_device_train_batch_size", 1))
+    on_policy = isinstance(stage, OnPolicy)
+    length = stage.prompt_tokens + stage.max_new_tokens if on_policy else int(stage.trainer.get("max_length", 1024))
+    return length * int(stage.trainer.get("per_device_train_batch_size", 1))
 
 
 def steps_of(stage: AnyStage, processes: int) -> int:
@@ -69,6 +71,8 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     per_layer = config.hidden_size * saved
     activations = tokens * config.num_hidden_layers * per_layer * width
     logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind == "distill" else 0
+    if stage.kind == "on_policy":  # a tile of logits of each model, and the gradients of the head's input
+        logits = 3 * min(tokens, 4096) * min(config.vocab_size, 32768) * 4
     return weights + optimizer + activations + logits
 
 
@@ -129,13 +133,13 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         "",
         *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
-        f"{', '.join(recipe.convert.calibration.data)}",
+        f"{', '.join(map(str, recipe.convert.calibration.data))}",
     ]
     for index, stage in enumerate(recipe.recover):
         trained = sizes.student if stage.train == "all" else sizes.attention
         memory = training_memory(stage, sizes, config, dtype) / 2**30
         lines.append(
-            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(stage.data)}, "
+            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
             f"about {memory:.1f} GiB a device"
         )

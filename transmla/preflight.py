@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from transmla.convert.refit import stream_bytes
 from transmla.data.sources import check_dataset
+from transmla.entries import data_names
 from transmla.errors import RecipeError
 from transmla.evaluate.require import check_requirements
 from transmla.evaluate.tasks import check_tasks
@@ -88,7 +89,7 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
     for key, names in used:
         if not names:
             raise RecipeError(key, "no dataset is named; name at least one")
-        for name in names:
+        for name in data_names(names):
             if name.startswith("@"):
                 check_written_name(name, key, recipe)
             else:
@@ -102,6 +103,11 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
     lengths |= {
         f"recover.{index}.trainer.max_length": stage.trainer.get("max_length") or 0
         for index, stage in enumerate(recipe.recover)
+    }
+    lengths |= {
+        f"recover.{index}.prompt_tokens + max_new_tokens": stage.prompt_tokens + stage.max_new_tokens
+        for index, stage in enumerate(recipe.recover)
+        if stage.kind == "on_policy"
     }
     for key, length in lengths.items():
         if length > limit:

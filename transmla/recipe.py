@@ -6,30 +6,26 @@ receives its own section of it, never the whole.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import typing
-from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from transmla.entries import DataList, Part
 from transmla.errors import RecipeError
-from transmla.recipe_write import WRITINGS, AnyWriting, Solve
 from transmla.evaluate.settings import Requirement, TaskSource, check_names
+from transmla.recipe_write import WRITINGS, AnyWriting, Solve
 from transmla.section import Section
+from transmla.trainer_keys import check_trainer_key, suggest
 
 
 class TokenizerEdits(Section):
@@ -69,7 +65,7 @@ class ModelSource(Section):
 class Calibration(Section):
     """Text that the second moments are measured on."""
 
-    data: list[str]
+    data: DataList
     tokens: PositiveInt = 131_072
     max_length: PositiveInt = 1024
     batch_size: PositiveInt = 8
@@ -133,15 +129,16 @@ class Convert(Section):
 class Stage(Section):
     """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
 
-    data: list[str]
+    data: DataList
     tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
     compile: bool = False  # layers of student and teacher; pays on a GPU with rows of one length (packing: wrapped)
     trainer: dict[str, Any] = {}
+    trainer_config: ClassVar[str] = "SFTConfig"
 
     @field_validator("trainer")
     @classmethod
     def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {key: _check_trainer_key(key, item) for key, item in value.items()}
+        return {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
 
 
 class Lora(Section):
@@ -168,13 +165,26 @@ class Layerwise(Stage):
     hidden: Annotated[float, Field(ge=0.0)] = 0.0
 
 
+class Record(Section):
+    """What `transmla record` keeps of the teacher's next-token distribution.
+
+    folder: where it lies; None: below the output directory. A recording depends on source, text and packing alone, so
+        that several conversions of one source may share it.
+    """
+
+    top_k: PositiveInt = 64
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    folder: str | None = None
+
+
 class Distill(Stage):
     """Divergence to the teacher's next-token distribution, in part cross-entropy of the text if wanted.
 
     divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
         final_temperature: what it has become, linearly, in the last step.
     cross_entropy: share of the loss.
-    teacher: `source`, or another model of the same tokenizer (its vocabulary may be padded otherwise).
+    teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may be
+        padded otherwise.
     """
 
     kind: Literal["distill"]
@@ -185,7 +195,14 @@ class Distill(Stage):
     temperature: PositiveFloat = 1.0
     final_temperature: PositiveFloat | None = None
     cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    teacher: Literal["source"] | ModelSource = "source"
+    teacher: Literal["source", "recorded"] | ModelSource = "source"
+    record: Record = Record()
+
+    @model_validator(mode="after")
+    def _recorded_at_one(self) -> Distill:
+        if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
+            raise ValueError("a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1")
+        return self
 
 
 class Sft(Stage):
@@ -196,8 +213,30 @@ class Sft(Stage):
     lora: Lora = Lora()
 
 
-STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft}
-AnyStage = Annotated[Layerwise | Distill | Sft, Field(discriminator="kind")]
+class OnPolicy(Stage):
+    """Divergence from the teacher on the student's own continuations (arXiv:2306.13649), by trl's DistillationTrainer.
+
+    prompts: of the data's conversations, all but the last turn of the assistant; `prompt` columns as they are; of text,
+        the first prompt_tokens of every piece of prompt_tokens + max_new_tokens. Longer prompts are left out.
+    tokens: the budget counts prompt_tokens + max_new_tokens for every continuation, however long it becomes.
+    temperature: of sampling, and of both distributions in the divergence.
+    beta: 1 is KL(student | teacher), 0 is KL(teacher | student), between them the generalised Jensen-Shannon divergence.
+    trainer: keys of trl's DistillationConfig.
+    """
+
+    kind: Literal["on_policy"]
+    train: Literal["attention", "all"] = "attention"
+    prompt_tokens: PositiveInt = 512
+    max_new_tokens: PositiveInt = 512
+    temperature: PositiveFloat = 1.0
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    trainer_config: ClassVar[str] = "DistillationConfig"
+
+
+STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft, "on_policy": OnPolicy}
+AnyStage = Annotated[Layerwise | Distill | Sft | OnPolicy, Field(discriminator="kind")]
+# What a discriminator writes into an error's location.
+TAGS: dict[str, Any] = STAGES | WRITINGS | {"part": Part, "dataset name": str}
 
 
 class Evaluate(Section):
@@ -251,55 +290,6 @@ class Recipe(Section):
     export: Export = Export()
 
 
-# Keys of trl's config that another part of the recipe decides.
-RESERVED_TRAINER_KEYS = {
-    "output_dir": "output_dir",
-    "max_steps": "recover.N.tokens",
-    "num_train_epochs": "recover.N.tokens",
-    "seed": "seed",
-    "data_seed": "seed",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "use_cpu": "device",
-    "loss_type": "recover.N.kind",
-    "do_train": "recover",
-    "do_eval": "evaluate",
-    "eval_strategy": "evaluate",
-    "average_tokens_across_devices": "nothing (the loss is always the mean over the global batch's tokens)",
-    "resume_from_checkpoint": "output_dir (a stage resumes by itself)",
-    "dataset_text_field": "data definition's columns",
-    "model_init_kwargs": "model",
-}
-
-
-@cache
-def _trainer_types() -> dict[str, Any]:
-    from trl import SFTConfig
-
-    hints = typing.get_type_hints(SFTConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
-
-
-def _check_trainer_key(key: str, value: Any) -> Any:
-    """Validate one key of `trainer` against trl's SFTConfig; returns the value in the field's type."""
-    types = _trainer_types()
-    if value is None and key in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        raise ValueError(f"trainer.{key} must be a number: the token budget is divided by it")
-    if key in RESERVED_TRAINER_KEYS:
-        raise ValueError(f"trainer.{key} is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
-    if key not in types:
-        raise ValueError(f"trainer.{key} is not a key of trl's SFTConfig{_suggest(key, types)}")
-    try:
-        return TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"trainer.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
-
-
-def _suggest(key: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def validate_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a plain tree of values.
 
@@ -313,7 +303,7 @@ def validate_recipe(tree: dict[str, Any]) -> Recipe:
         key, section = _dotted(first["loc"])
         if first["type"] == "extra_forbidden":
             leaf = key.rsplit(".", 1)[-1]
-            raise RecipeError(key, f"unknown key{_suggest(leaf, section)}; remove it or correct its name") from None
+            raise RecipeError(key, f"unknown key{suggest(leaf, section)}; remove it or correct its name") from None
         if first["type"] == "missing":
             raise RecipeError(key, "required key is missing; add it to the recipe") from None
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -329,10 +319,10 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
     parts: list[str] = []
     model: Any = Recipe
     for index, part in enumerate(location):
-        if parts and parts[-1].isdigit() and part in STAGES | WRITINGS:  # the discriminator's tag is no key
-            model = (STAGES | WRITINGS)[str(part)]
+        if parts and parts[-1].isdigit() and part in TAGS:  # the discriminator's tag is no key
+            model = TAGS[str(part)]
             continue
-        if part in ("int", "bool", "constrained-int") or str(part).startswith("literal["):  # branches of a union of types are no keys
+        if part in ("int", "bool", "constrained-int", "ModelSource") or str(part).startswith("literal["):  # branches of a union of types are no keys
             continue
         if index + 1 < len(location) and isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(str(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sampler, VllmSampler
 from transmla.data.problems import ProblemSet, load_problems, normal
 from transmla.data.write import DEFINITION, Questions, Starts, write_text, write_traces
+from transmla.entries import Part, data_names
 from transmla.errors import RecipeError
 from transmla.evaluate.solve import questions, score
 from transmla.fingerprints import Fingerprints
@@ -134,13 +136,17 @@ class Writer(Maker):
             for index, entry in enumerate(self.recipe.evaluate.solve)
         }
 
-    def _names(self, names: list[str], key: str) -> list[str]:
-        """Datasets with every `@NAME` replaced by the definition of what was written.
+    def _names(self, data: Sequence[str | Part], key: str) -> list[str | Part]:
+        """A `data` list with every `@NAME` replaced by the definition of what was written.
 
         Raises:
             RecipeError: it was not written yet, or under other settings.
         """
-        return [self._written(name, key) if name.startswith("@") else name for name in names]
+        found: list[str | Part] = []
+        for entry, name in zip(data, data_names(data), strict=True):
+            name = self._written(name, key) if name.startswith("@") else name
+            found.append(name if isinstance(entry, str) else entry.model_copy(update={"name": name}))
+        return found
 
     def _written(self, name: str, key: str) -> str:
         folder = self.out / "written" / name.removeprefix("@")

@@ -11,6 +11,7 @@ import yaml
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from transmla.compose import share
+from transmla.data.conversations import Message, Turns
 from transmla.errors import RecipeError
 from transmla.section import Section
 
@@ -35,6 +36,9 @@ class DataDefinition(Section):
         of a set that a recipe names as `problems`.
     template: a Python format string over the file's columns that makes `text`, instead of columns.
     when_empty: by column, the template to use instead in rows where that column is empty.
+    messages: turns of a conversation, each a role and a template over the file's columns, instead of columns; a row in
+        which one of these columns is null is left out.
+    turns: how the conversations in the column of `columns.messages` are written, where not as role and content.
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
     join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
     separator: for `.txt` and `.txt.gz` files, what stands between two rows.
@@ -51,6 +55,8 @@ class DataDefinition(Section):
     columns: dict[Literal["text", "messages", "prompt", "completion", "problem", "answer"], str] = {}
     template: str | None = None
     when_empty: dict[str, str] = {}
+    messages: list[Message] = []
+    turns: Turns | None = None
     cut: Literal["train", "test"] | None = None
     join: str | None = None
     separator: str | None = None
@@ -61,7 +67,11 @@ class DataDefinition(Section):
     def _one_source(self) -> DataDefinition:
         if (self.hub is None) == (self.path is None):
             raise ValueError("give exactly one of hub and path")
-        if self.template is None and set(self.columns) not in ROLES:
+        if self.messages and (self.template is not None or self.columns or self.turns is not None):
+            raise ValueError("messages makes the conversation; leave columns, template and turns out")
+        if self.turns is not None and set(self.columns) != {"messages"}:
+            raise ValueError("turns says how a column of conversations is written: name it, columns: {messages: ...}")
+        if self.template is None and not self.messages and set(self.columns) not in ROLES:
             raise ValueError(
                 "columns must name text, or messages, or prompt and completion, or problem and answer (or give a template)"
             )

@@ -11,8 +11,9 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TextIO
 
-from datasets import Dataset, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
 
+from transmla.data.conversations import build_messages, message_columns, read_turns
 from transmla.data.definition import FORMATS, DataDefinition, find_definition, format_of
 from transmla.errors import RecipeError
 
@@ -60,6 +61,9 @@ def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) 
 def _check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
     templates = [*definition.when_empty.values(), *([definition.template] if definition.template else [])]
     fields = [field for template in templates for _, field, _, _ in Formatter().parse(template) if field]
+    fields += message_columns(definition.messages)
+    if definition.turns is not None and definition.turns.system is not None:
+        fields.append(definition.turns.system)
     for column in [*definition.columns.values(), *definition.when_empty, *fields]:
         if column not in columns:
             raise RecipeError(key, f"{where} has no column {column!r}; it has: {', '.join(sorted(columns))}")
@@ -128,6 +132,8 @@ def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
     data = load_rows(name, key)
     if definition.template is not None:
         data = data.map(lambda row: {"text": _fill(definition, row)}, remove_columns=data.column_names)
+    elif definition.messages or definition.turns is not None:
+        data = _conversations(data, definition, key)
     else:
         data = data.select_columns(list(definition.columns.values()))
         data = data.rename_columns({old: new for new, old in definition.columns.items() if old != new})
@@ -186,6 +192,20 @@ def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Data
     return data.select(range(border)) if definition.cut == "train" else data.select(range(border, len(data)))
 
 
+def _conversations(data: Dataset, definition: DataDefinition, key: str) -> Dataset:
+    """The definition's conversations as `messages`, a list of role and content."""
+    needed = message_columns(definition.messages)
+    data = data.filter(lambda row: all(row[column] is not None for column in needed)) if needed else data
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        if definition.turns is None:
+            return {"messages": build_messages(definition.messages, row)}
+        return {"messages": read_turns(definition.turns, row[definition.columns["messages"]], row, key)}
+
+    features = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
+    return data.map(convert, remove_columns=data.column_names, features=features)
+
+
 def _fill(definition: DataDefinition, row: dict[str, Any]) -> str:
     assert definition.template is not None
     for column, template in definition.when_empty.items():
@@ -196,7 +216,15 @@ def _fill(definition: DataDefinition, row: dict[str, Any]) -> str:
 
 def load_many(names: list[str], key: str, *, joined: bool = False) -> Dataset:
     """Several datasets of one kind, one after the other. joined: as in `load_one`."""
-    parts = [load_one(name, key, joined=joined) for name in names]
+    return join_kinds(names, [load_one(name, key, joined=joined) for name in names], key)
+
+
+def join_kinds(names: list[str], parts: list[Dataset], key: str) -> Dataset:
+    """Concatenate datasets.
+
+    Raises:
+        RecipeError: they are of different kinds: texts, conversations, prompts with completions.
+    """
     columns = [tuple(sorted(part.column_names)) for part in parts]
     if len(set(columns)) > 1:
         raise RecipeError(key, f"datasets of different kinds cannot be joined: {dict(zip(names, columns, strict=True))}")

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.sources import load_many
+from transmla.data.mixture import documents, load_mixture
+from transmla.entries import Part
 from transmla.errors import RecipeError
 
 POOL = 16  # text that random windows are drawn from, in budgets
-
-
-def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The documents of a dataset as token ids; conversations through the tokenizer's chat template."""
-    for row in data:
-        content = row["text"] if "text" in row else row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        if isinstance(content, str):
-            yield tokenizer(content, verbose=False)["input_ids"]
-        else:  # the template writes the special tokens itself
-            text = tokenizer.apply_chat_template(content, tokenize=False)
-            yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_windows(
@@ -62,22 +52,22 @@ def token_windows(
 
 
 def named_windows(
-    names: list[str],
+    names: Sequence[str | Part],
     key: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
     length: int,
     seed: int | None = None,
+    mixing_seed: int = 0,
 ) -> Tensor:
-    """`token_windows` of datasets that a recipe's section `key` names. [n, L].
+    """`token_windows` of datasets that a recipe's section `key` names. [n, L]. mixing_seed: of a mixture, where there is one.
 
     Raises:
         RecipeError: a dataset is missing or too short; names `key`.
     """
     try:
-        return token_windows(
-            load_many(names, f"{key}.data", joined=True), tokenizer, tokens=tokens, length=length, seed=seed
-        )
+        data = load_mixture(names, f"{key}.data", tokenizer, mixing_seed, joined=True)
+        return token_windows(data, tokenizer, tokens=tokens, length=length, seed=seed)
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{key}.data", str(error)) from None

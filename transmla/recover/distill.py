@@ -20,7 +20,7 @@ class DistillTrainer(RecoveryTrainer):
     """Divergence to the teacher on every unmasked token (transmla.recover.losses.token_loss).
 
     Args:
-        teacher: the model to come near to; None where `recorded` speaks for it.
+        teacher: the model to come near to; None where `recorded`, set before training, speaks for it.
         mixture: divergence, temperature at the start, share of the cross-entropy.
         final_temperature: what the temperature has become, linearly, in the last step; None: it stays.
         recorded: from a collated batch to the teacher's kept probabilities of its unmasked tokens, in order.
@@ -37,7 +37,6 @@ class DistillTrainer(RecoveryTrainer):
         recorded: Callable[[dict[str, Any]], Kept] | None = None,
         **kwargs: object,
     ) -> None:
-        assert (teacher is None) != (recorded is None), "one of teacher and recorded"
         super().__init__(model, args, teacher=teacher, **kwargs)
         self.mixture, self.final_temperature, self.recorded = mixture, final_temperature, recorded
 
@@ -46,6 +45,7 @@ class DistillTrainer(RecoveryTrainer):
         batch = trunk_inputs(inputs)
         mask = inputs["labels"][:, 1:] != -100
         if self.teacher is None:
+            assert self.recorded is not None, "without a teacher, what it said must have been recorded"
             expected: Teacher | Kept = self.recorded(inputs)
         else:
             with torch.no_grad():

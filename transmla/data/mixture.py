@@ -1,0 +1,123 @@
+"""Mixtures of datasets: shares of tokens, length filters, and an order in which every prefix has the shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from transmla.data.sources import join_kinds, load_many, load_one
+from transmla.entries import Part
+from transmla.errors import RecipeError
+
+
+def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The documents of a dataset as token ids; conversations through the tokenizer's chat template."""
+    for row in data:
+        content = row["text"] if "text" in row else row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        if isinstance(content, str):
+            yield tokenizer(content, verbose=False)["input_ids"]
+        else:  # the template writes the special tokens itself
+            text = tokenizer.apply_chat_template(content, tokenize=False)
+            yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def load_mixture(
+    entries: Sequence[str | Part],
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *,
+    joined: bool = False,
+) -> Dataset:
+    """The datasets of a `data` list as one.
+
+    Without weights they follow one another. With weights w, rows are drawn at random, without repeating one, until the
+    first dataset is used up: dataset i has w_i T tokens, T = min_i tokens_i / w_i over those without `repeat`. Rows of
+    a dataset with `repeat` come again in a new order where T asks for it; when all repeat, T is the least that uses
+    every row. Each row is placed by the share of its dataset that precedes it, so that every prefix of the mixture has
+    the weights, to within a row.
+
+    Args:
+        entries: names, or parts with filters and weights (transmla.entries.Part).
+        key: recipe key, for errors.
+        seed: of the draw.
+        joined: as in `transmla.data.sources.load_one`, for plain names; rows that are counted stay apart.
+
+    Raises:
+        RecipeError: a dataset is missing, of another kind than the rest, or no row of it passes its filters.
+    """
+    if all(isinstance(entry, str) for entry in entries):
+        return load_many([str(entry) for entry in entries], key, joined=joined)
+    parts, lengths = [], []
+    for entry in entries:
+        if isinstance(entry, str):
+            parts.append(load_one(entry, key, joined=joined))
+            continue
+        part, sizes = _filter(entry, load_one(entry.name, key), key, tokenizer)
+        parts.append(part)
+        lengths.append(sizes)
+    whole = join_kinds([str(entry) for entry in entries], parts, key)
+    weighed = [entry for entry in entries if isinstance(entry, Part) and entry.weight is not None]
+    if not weighed:
+        return whole
+    return whole.select(mixture_order(weighed, lengths, seed))
+
+
+def _filter(
+    part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, list[int]]:
+    """The rows that pass and their lengths in tokens (empty where nothing asks for them)."""
+    if part.weight is None and part.min_tokens is None and part.max_tokens is None:
+        return data.select(range(min(part.rows or len(data), len(data)))), []
+    low, high = part.min_tokens or 1, part.max_tokens or float("inf")
+    kept, sizes = [], []
+    for index, document in enumerate(documents(data, tokenizer)):
+        if low <= len(document) <= high:
+            kept.append(index)
+            sizes.append(len(document))
+        if len(kept) == part.rows:
+            break
+    if not kept:
+        raise RecipeError(key, f"no row of {part.name} has {low} to {high} tokens; widen min_tokens and max_tokens")
+    return data.select(kept), sizes
+
+
+def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed: int) -> list[int]:
+    """Which rows of the concatenated parts make the mixture, in order (see `load_mixture`).
+
+    Args:
+        parts: with weights.
+        lengths: tokens of every row, by part; none is 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    totals = [sum(sizes) for sizes in lengths]
+    reach = [(total / part.weight, part.repeat) for total, part in zip(totals, parts, strict=True)]
+    once = [tokens for tokens, repeats in reach if not repeats]
+    size = min(once) if once else max(tokens for tokens, _ in reach)
+    placed: list[tuple[float, int]] = []
+    start = 0
+    for part, sizes in zip(parts, lengths, strict=True):
+        target = part.weight * size
+        rows = _draw(sizes, target, part.repeat, generator)
+        ends = accumulate(sizes[row] for row in rows)
+        placed += [((end - sizes[row] / 2) / target, start + row) for row, end in zip(rows, ends, strict=True)]
+        start += len(sizes)
+    return [row for _, row in sorted(placed)]
+
+
+def _draw(sizes: Sequence[int], target: float, repeat: bool, generator: torch.Generator) -> list[int]:
+    """Rows in random order whose tokens come nearest to `target`; at least one."""
+    rows: list[int] = []
+    have = 0
+    while True:
+        for row in torch.randperm(len(sizes), generator=generator).tolist():
+            if rows and have + sizes[row] / 2 > target:
+                return rows
+            rows.append(row)
+            have += sizes[row]
+        if not repeat:
+            return rows

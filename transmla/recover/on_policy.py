@@ -1,0 +1,213 @@
+"""On-policy distillation: the student continues prompts, and learns the teacher's distribution on what it wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DistillationConfig, DistillationTrainer
+
+from transmla.errors import RecipeError
+from transmla.modeling.student import share_trunk, train_only
+from transmla.plan import steps_of
+from transmla.recipe import OnPolicy
+from transmla.recover.checkpoints import AtomicCheckpoints, last_checkpoint
+
+# What a recipe need not say. shuffle_dataset: the prompts come in the order of training.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_checkpointing": False,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
+    """trl's trainer on prompts that are token ids, with models of mixed dtypes.
+
+    The loss is the mean over the global batch's sampled tokens, over accumulation steps and processes.
+    """
+
+    def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return prompts, None, {}
+
+    def _get_last_hidden_state(self, unwrapped_model: nn.Module, *args: object, **kwargs: object) -> Tensor:
+        # trl calls the trunk itself, past the forward that accelerate has put into autocast: trained weights are
+        # float32, frozen ones bfloat16.
+        with self.accelerator.autocast():
+            return super()._get_last_hidden_state(unwrapped_model, *args, **kwargs)
+
+
+def on_policy_config(
+    stage: OnPolicy, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+) -> DistillationConfig:
+    """trl's own configuration object for a stage."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
+    return DistillationConfig(
+        output_dir=str(folder),
+        max_steps=steps_of(stage, processes),
+        max_completion_length=stage.max_new_tokens,
+        temperature=stage.temperature,
+        beta=stage.beta,
+        shuffle_dataset=False,
+        seed=seed,
+        data_seed=seed,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device == "cpu",
+        **(TRAINER_DEFAULTS | stage.trainer),
+    )
+
+
+def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBase, key: str) -> list[list[int]]:
+    """The prompts of a dataset as token ids, each at most `prompt_tokens` long.
+
+    Args:
+        data: text, messages, or prompt and completion.
+        key: recipe key, for errors.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    found = []
+    for row in data:
+        if "text" in row:
+            ids = tokenizer(row["text"], verbose=False)["input_ids"]
+            pieces = range(0, len(ids), stage.prompt_tokens + stage.max_new_tokens)
+            found += [piece for start in pieces if len(piece := ids[start : start + stage.prompt_tokens]) == stage.prompt_tokens]
+            continue
+        prompt = row["prompt"] if "prompt" in row else _before_the_answer(row["messages"])
+        if not prompt:
+            continue
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt, verbose=False)["input_ids"]
+        else:  # the template writes the special tokens itself
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if 0 < len(ids) <= stage.prompt_tokens:
+            found.append(ids)
+    if not found:
+        raise RecipeError(key, f"no prompt can be made with prompt_tokens {stage.prompt_tokens}; raise it for conversations, lower it for text")
+    return found
+
+
+def _before_the_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation up to the last turn of the assistant; empty where there is none, or nothing before it."""
+    answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+    before = messages[: answers[-1]] if answers else []
+    return before if any(turn["role"] == "user" for turn in before) else []
+
+
+def prompt_order(prompts: list[list[int]], count: int, seed: int) -> Dataset:
+    """`count` prompts, every one before any comes again, in an order by the seed; column `prompt`.
+
+    One pass is the whole training: trl's sampler would begin a second pass's order anew after a resume, and leave out
+    the prompts that do not fill a global batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < count:
+        order += torch.randperm(len(prompts), generator=generator).tolist()
+    return Dataset.from_dict({"prompt": [prompts[index] for index in order[:count]]})
+
+
+def build_on_policy(
+    stage: OnPolicy,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DistillationConfig,
+    data: Dataset,
+    *,
+    key: str = "recover.N.data",
+) -> OnPolicyTrainer:
+    """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
+
+    Args:
+        data: text, messages, or prompt and completion.
+        key: recipe key, for errors.
+
+    Raises:
+        RecipeError: no prompt can be made of the data.
+    """
+    if stage.train == "attention":
+        share_trunk(student, teacher)
+    train_only(student, stage.train)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    student.generation_config = copy.deepcopy(student.generation_config)  # trl writes into it; it may be the teacher's
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    prompts = prompt_ids(stage, data, tokenizer, key)
+    return OnPolicyTrainer(
+        student,
+        teacher.eval().requires_grad_(False),
+        config,
+        train_dataset=prompt_order(prompts, config.max_steps * batch * config.world_size, config.seed),
+        processing_class=copy.deepcopy(tokenizer),  # trl sets a padding token where there is none
+    )
+
+
+def run_on_policy(trainer: OnPolicyTrainer, dtype: torch.dtype) -> dict[str, Any]:
+    """Train, from the last whole checkpoint if there is one; the student ends in `dtype` and eval mode.
+
+    Returns:
+        tokens seen (prompts and continuations), the log: loss, entropy, length of continuations by step.
+    """
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    for model in (student, trainer.accelerator.unwrap_model(trainer.teacher_model)):
+        vars(model).pop("forward", None)  # accelerate's and trl's replacements; back to the class's own
+        vars(model).pop("_original_forward", None)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    student.eval()
+    return {"tokens": trainer.state.num_input_tokens_seen, "log": trainer.state.log_history, "resumed_from": checkpoint}
+
+
+@contextlib.contextmanager
+def _unchanged_settings(student: PreTrainedModel) -> Any:
+    """Put the token ids back that trl writes into a student's configurations."""
+    config, generation = student.config.pad_token_id, student.generation_config
+    try:
+        yield
+    finally:
+        student.config.pad_token_id, student.generation_config = config, generation
+
+
+def train_on_policy(
+    stage: OnPolicy,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Dataset,
+    folder: Path,
+    *,
+    key: str,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    processes: int,
+) -> dict[str, Any]:
+    """A whole stage: build the trainer, resume from `folder` where a checkpoint is there, train `student` in place.
+
+    Returns:
+        as `run_on_policy`.
+
+    Raises:
+        RecipeError: no prompt can be made of the data.
+    """
+    with _unchanged_settings(student):
+        config = on_policy_config(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes)
+        return run_on_policy(build_on_policy(stage, student, teacher, tokenizer, config, data, key=key), dtype)

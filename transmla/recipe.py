@@ -183,6 +183,7 @@ class Distill(Stage):
     divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
         final_temperature: what it has become, linearly, in the last step.
     cross_entropy: share of the loss.
+    trunk_learning_rate: of the weights outside the attentions, as a share of the learning rate; with `train: all`.
     teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may be
         padded otherwise.
     """
@@ -195,6 +196,7 @@ class Distill(Stage):
     temperature: PositiveFloat = 1.0
     final_temperature: PositiveFloat | None = None
     cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    trunk_learning_rate: PositiveFloat = 1.0
     teacher: Literal["source", "recorded"] | ModelSource = "source"
     record: Record = Record()
 
@@ -211,6 +213,7 @@ class Sft(Stage):
     kind: Literal["sft"]
     train: Literal["attention", "all", "lora"] = "all"
     lora: Lora = Lora()
+    trunk_learning_rate: PositiveFloat = 1.0
 
 
 class OnPolicy(Stage):

@@ -157,3 +157,44 @@ def test_transfer_learns_on_either_stream(stage, tmp_path) -> None:
     trainer.train()
     history = losses(trainer)
     assert sum(history[-4:]) < 0.8 * sum(history[:4])
+
+
+def test_trunk_learns_at_a_rate_of_its_own(tmp_path) -> None:
+    """One plain SGD step: attentions change as without the key, everything else by the share of that."""
+    from tests.unit.test_recover import PLAIN
+
+    changes = []
+    for share in (1.0, 0.25):
+        trainer = make_trainer("distill", tmp_path / str(share), steps=1, stage={"trunk_learning_rate": share}, **PLAIN)
+        before = {name: value.detach().clone() for name, value in trainer.student.named_parameters()}
+        trainer.train()
+        changes.append({name: value.detach() - before[name] for name, value in trainer.student.named_parameters()})
+    for name, whole in changes[0].items():
+        share = 1.0 if ATTENTION in name else 0.25
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(changes[1][name], share * whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+def test_compiled_layers_compute_the_same(kind: str, tmp_path) -> None:
+    """Through another backend than the default, which would need a compiler: graphs are cut and guarded in the same way."""
+    plain = make_trainer(kind, tmp_path / "plain", steps=2, packing=False)
+    plain.train()
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.compile
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        patch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
+        compiled = make_trainer(kind, tmp_path / "compiled", steps=2, packing=False, stage={"compile": True})
+        compiled.train()
+    assert 2 <= len(graphs) <= 8, "one graph a kind of layer and mode, not one a layer and step"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    student = compiled.student
+    from transmla.recover.compiling import plain_layers
+
+    plain_layers(student, compiled.teacher)
+    assert not any("forward" in vars(module) for module in student.model.modules())

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 
 def _pieces(model: PreTrainedModel, kind: str) -> list[nn.Module]:
-    # Layer by layer transfer hangs hooks on attentions, at which a compiled layer would break; the parts are compiled.
+    # Layer by layer transfer reads what attentions give by hooks, which a compiled layer would run through.
     if kind == "layerwise":
         return [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
     return list(model.model.layers)
 
 
 def compile_layers(student: PreTrainedModel, teacher: PreTrainedModel | None, kind: str) -> None:
-    """Compile every layer in place: one graph for all layers of a model, compiled once; weights and names stay."""
+    """Compile every layer's `forward` in place: one graph for all layers of a model; weights and names stay.
+
+    Not `nn.Module.compile`: that compiles the call with its hooks, and all modules share that function's few graphs.
+    """
     for model in (student, teacher):
         for piece in [] if model is None else _pieces(model, kind):
-            piece.compile(dynamic=False)
+            piece.forward = torch.compile(piece.forward, dynamic=False)
 
 
 def plain_layers(*models: PreTrainedModel | None) -> None:
-    """Undo `compile_layers`."""
-    for model in models:
-        for module in [] if model is None else model.modules():
-            module._compiled_call_impl = None
+    """Undo `compile_layers`, and free its graphs for the next stage's."""
+    found = [module for model in models if model is not None for module in model.model.modules()]
+    compiled = [module for module in found if "forward" in vars(module)]
+    for module in compiled:
+        del module.forward
+    if compiled:
+        torch._dynamo.reset()

@@ -120,6 +120,8 @@ def build_trainer(
         )
     else:
         trainer = SFTStageTrainer(student, config, teacher=None, **common)
+    if stage.kind in ("distill", "sft"):
+        trainer.trunk_learning_rate = stage.trunk_learning_rate
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
     trainer.add_callback(_Progress(trainer))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 
 
@@ -45,7 +46,22 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
         self._clock: tuple[float, float] | None = None
         self.student = model  # inside peft's wrapper, where there is one
         self.peft_config = kwargs.get("peft_config")
+        self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
         install_objective(model, self.objective)
+
+    def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
+        """transformers' optimizer, its groups split where the trunk learns at a rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.trunk_learning_rate != 1.0:
+            attention = {id(value) for name, value in self.student.named_parameters() if ATTENTION in name}
+            groups = []
+            for group in optimizer.param_groups:
+                own = [value for value in group["params"] if id(value) in attention]
+                rest = [value for value in group["params"] if id(value) not in attention]
+                rate = group["lr"] * self.trunk_learning_rate
+                groups += [group | {"params": own}, group | {"params": rest, "lr": rate}]
+            optimizer.param_groups = [group for group in groups if group["params"]]
+        return optimizer
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """The loss of one micro-batch: `inputs` as trl's collator made them."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
-from transmla.modeling.student import ATTENTION, student_config
+from transmla.modeling.student import ATTENTION, adapted_layers, student_config
 from transmla.recipe import AnyStage, Convert, OnPolicy, Recipe
 
 if TYPE_CHECKING:
@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of source and student, counted on meta tensors."""
+    """Parameters of source and student, counted on meta tensors; `adapters`: of one rank on all layers that may have one."""
 
     source: int
     student: int
     attention: int
+    adapters: dict[str, int]
+
+    def trained(self, stage: AnyStage) -> int:
+        """How many a stage trains."""
+        if stage.train == "lora":
+            return stage.lora.r * self.adapters[stage.lora.targets]
+        return self.student if stage.train == "all" else self.attention
 
 
 def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
@@ -40,6 +47,10 @@ def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
         source=sum(value.numel() for value in source.parameters()),
         student=sum(value.numel() for value in student.parameters()),
         attention=attention,
+        adapters={
+            targets: sum(layer.in_features + layer.out_features for layer in adapted_layers(student, targets).values())
+            for targets in ("attention", "all")
+        },
     )
 
 
@@ -60,9 +71,10 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     """Rough bytes a device needs for a stage without sharding: weights, gradients, AdamW, activations, logits."""
     width = torch.finfo(dtype).bits // 8
     everything = stage.train == "all"
-    trained = sizes.student if everything else sizes.attention
+    trained = sizes.trained(stage)
     shared = 0 if everything else sizes.student - sizes.attention
-    weights = width * (sizes.source + sizes.student - shared) + (4 - width) * trained  # trained weights in float32
+    teacher = 0 if stage.kind == "sft" else sizes.source
+    weights = width * (teacher + sizes.student - (shared if teacher else 0)) + (4 - width) * trained  # masters in float32
     optimizer = 12 * trained  # gradient and two moments in float32
     tokens = micro_batch(stage)
     checkpointing = stage.trainer.get("gradient_checkpointing", False)
@@ -70,7 +82,7 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else 34
     per_layer = config.hidden_size * saved
     activations = tokens * config.num_hidden_layers * per_layer * width
-    logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind == "distill" else 0
+    logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind in ("distill", "sft") else 0
     if stage.kind == "on_policy":  # a tile of logits of each model, and the gradients of the head's input
         logits = 3 * min(tokens, 4096) * min(config.vocab_size, 32768) * 4
     return weights + optimizer + activations + logits
@@ -85,7 +97,7 @@ def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype:
     states = len(recipe.evaluate.data) * (recipe.evaluate.tokens + config.vocab_size) * config.hidden_size * width
     checkpoints = 0
     for stage in recipe.recover:
-        trained = sizes.student if stage.train == "all" else sizes.attention
+        trained = sizes.trained(stage)
         one = 12 * trained + width * (sizes.student - trained)  # float32 masters, two moments; the rest as it is
         kept = int(stage.trainer.get("save_total_limit") or 2) + 1  # the newest is whole before the oldest goes
         checkpoints = max(checkpoints, kept * one)
@@ -136,7 +148,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"{', '.join(map(str, recipe.convert.calibration.data))}",
     ]
     for index, stage in enumerate(recipe.recover):
-        trained = sizes.student if stage.train == "all" else sizes.attention
+        trained = sizes.trained(stage)
         memory = training_memory(stage, sizes, config, dtype) / 2**30
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "

@@ -23,6 +23,7 @@ from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
 from transmla.preflight_write import check_written, check_written_name
+from transmla.preflight_stages import check_stages
 from transmla.recipe import Recipe
 from transmla.sources import source_config
 
@@ -71,6 +72,7 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     if section.searched and section.calibration.tokens < 2 * section.calibration.max_length:
         raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
     _check_data(recipe, config)
+    check_stages(recipe, config)
     check_tasks(recipe.evaluate, online=not recipe.dry_run)
     check_requirements(recipe)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))

@@ -131,7 +131,6 @@ class Stage(Section):
 
     data: DataList
     tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
-    compile: bool = False  # layers of student and teacher; pays on a GPU with rows of one length (packing: wrapped)
     trainer: dict[str, Any] = {}
     trainer_config: ClassVar[str] = "SFTConfig"
 
@@ -150,7 +149,17 @@ class Lora(Section):
     targets: Literal["attention", "all"] = "attention"  # linear layers of the attentions, or those of the MLPs too
 
 
-class Layerwise(Stage):
+class TrainerStage(Stage):
+    """What the stages of this project's own trainers have besides.
+
+    compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
+    """
+
+    compile: bool = False
+    lora: Lora = Lora()
+
+
+class Layerwise(TrainerStage):
     """Attention transfer: every student attention towards the output of the teacher's, all layers at once.
 
     stream: whose residual stream the student's attentions read: the teacher's own, or the student's, where every layer
@@ -160,7 +169,6 @@ class Layerwise(Stage):
 
     kind: Literal["layerwise"]
     train: Literal["attention", "lora"] = "attention"
-    lora: Lora = Lora()
     stream: Literal["teacher", "student"] = "teacher"
     hidden: Annotated[float, Field(ge=0.0)] = 0.0
 
@@ -177,7 +185,7 @@ class Record(Section):
     folder: str | None = None
 
 
-class Distill(Stage):
+class Distill(TrainerStage):
     """Divergence to the teacher's next-token distribution, in part cross-entropy of the text if wanted.
 
     divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
@@ -190,7 +198,6 @@ class Distill(Stage):
 
     kind: Literal["distill"]
     train: Literal["attention", "all", "lora"] = "attention"
-    lora: Lora = Lora()
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     temperature: PositiveFloat = 1.0
@@ -207,12 +214,11 @@ class Distill(Stage):
         return self
 
 
-class Sft(Stage):
+class Sft(TrainerStage):
     """Cross-entropy of texts, chats or traces, without a teacher."""
 
     kind: Literal["sft"]
     train: Literal["attention", "all", "lora"] = "all"
-    lora: Lora = Lora()
     trunk_learning_rate: PositiveFloat = 1.0
 
 

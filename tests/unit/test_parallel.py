@@ -32,8 +32,9 @@ def train(kind: str, folder: Path, processes: int, packing: bool) -> None:
     trainer.accelerator.state.destroy_process_group()  # gloo's threads may abort a process that ends without it
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+@pytest.mark.parametrize(
+    "kind, packing", [("layerwise", False), ("layerwise", True), ("distill", False), ("distill", True), ("sft", True)]
+)
 def test_two_processes_equal_one(kind: str, packing: bool, tmp_path) -> None:
     results = []
     for processes in (1, 2):

@@ -76,7 +76,7 @@ def losses(trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+@pytest.mark.parametrize("kind", ["layerwise", "distill", "sft"])
 def test_accumulation_does_not_change_the_loss(kind: str, tmp_path) -> None:
     """The same global batch in one piece or in four: same losses, same weights."""
     runs = {}
@@ -91,7 +91,7 @@ def test_accumulation_does_not_change_the_loss(kind: str, tmp_path) -> None:
     assert (runs["whole"][1] - runs["parts"][1]).norm() < 1e-4 * runs["whole"][1].norm()
 
 
-@pytest.mark.parametrize("kind", ["layerwise", "distill"])
+@pytest.mark.parametrize("kind", ["layerwise", "distill", "sft"])
 def test_packed_equals_unpacked_loss(kind: str, tmp_path) -> None:
     """The mean over tokens of the same documents, packed into rows or one a row."""
     sums = {}

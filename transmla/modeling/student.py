@@ -126,3 +126,13 @@ def train_only(student: PreTrainedModel, what: str) -> None:
     """Set which parameters take a gradient: `attention` or `all`; with `lora` none does, adapters bring their own."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(what == "all" or (what == "attention" and ATTENTION in name))
+
+
+def adapted_layers(student: PreTrainedModel, targets: str) -> dict[str, nn.Linear]:
+    """The linear layers that get adapters, by name: those of the `attention`s, or `all` but the head."""
+    head = student.get_output_embeddings()
+    return {
+        name: module
+        for name, module in student.named_modules()
+        if type(module) is nn.Linear and module is not head and (targets == "all" or ATTENTION in name)
+    }

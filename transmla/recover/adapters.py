@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 
-from transmla.modeling.student import ATTENTION
+from transmla.modeling.student import adapted_layers
 from transmla.recipe import Lora
 
 
@@ -16,18 +15,12 @@ def lora_config(section: Lora, student: PreTrainedModel) -> LoraConfig:
 
     Layers are named in full, because the names of an attention's projections depend on its form (a query rank, a norm).
     """
-    head = student.get_output_embeddings()
-    targets = [
-        name
-        for name, module in student.named_modules()
-        if type(module) is nn.Linear and module is not head and (section.targets == "all" or ATTENTION in name)
-    ]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets,
+        target_modules=list(adapted_layers(student, section.targets)),
     )
 
 

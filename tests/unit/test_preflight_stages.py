@@ -1,0 +1,46 @@
+"""Stages that are refused before any weight loads."""
+
+import pytest
+
+from transmla.compose import load_recipe
+from transmla.errors import RecipeError
+from transmla.preflight import prepare
+
+
+def refused(overrides: list[str]) -> str:
+    with pytest.raises(RecipeError) as error:
+        prepare(load_recipe("debug", ["device=cpu", *overrides]))
+    return str(error.value)
+
+
+def test_a_compiled_stage_needs_a_compiler(monkeypatch) -> None:
+    prepare(load_recipe("debug", ["device=cpu", "recover.1.compile=true"]))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert refused(["recover.1.compile=true"]).startswith("recover.1.compile: there is no C compiler")
+
+
+def test_a_teacher_that_is_not_there() -> None:
+    assert refused(["recover.1.teacher={source: ./no/such/model}"]).startswith("recover.1.teacher: ")
+
+
+def test_a_wrong_word_for_the_teacher() -> None:
+    assert "recover.1.teacher" in refused(["recover.1.teacher=recordet"])
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("recover.1.divergence=kl", "recover.1.divergence"),
+        ("recover.1.beta=1.0", "recover.1.beta"),
+        ("recover.1.cross_entropy=1.0", "recover.1.cross_entropy"),
+        ("recover.1.lora={rank: 4}", "recover.1.lora.rank"),
+        ("recover.0.train=all", "recover.0.train"),
+    ],
+)
+def test_wrong_values(override: str, key: str) -> None:
+    assert refused([override]).startswith(f"{key}: ")
+
+
+def test_recorded_probabilities_are_of_temperature_one() -> None:
+    assert "temperature" in refused(["recover.1.teacher=recorded", "recover.1.final_temperature=2.0"])

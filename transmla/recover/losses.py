@@ -71,7 +71,7 @@ def logits_float32(hidden: Tensor, head: Tensor) -> Tensor:
 def _dense(
     student: Tensor,
     teacher: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | None,
     labels: Tensor | None,
     divergence: Divergence,
     share: float,
@@ -79,13 +79,17 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     """One chunk against the teacher's logits: sum and its derivative with respect to the uncapped logits.
 
-    The temperature is a tensor, because a compiled function is compiled again for every new number.
+    The temperature is a tensor, because a compiled function is compiled again for every new number; None is one.
 
     Args:
         student, teacher: uncapped logits [n, V]. labels: [n] or None. share: of the cross-entropy.
     """
     logits = cap(student, softcap)
-    log_p = F.log_softmax(cap(teacher, softcap) / temperature, -1)
+    expected = cap(teacher, softcap)
+    if temperature is None:
+        value, slope = value_and_slope(F.log_softmax(logits, -1), F.log_softmax(expected, -1), divergence)
+        return _mix(logits, value.sum(), slope, labels, share, softcap)
+    log_p = F.log_softmax(expected / temperature, -1)
     value, slope = value_and_slope(F.log_softmax(logits / temperature, -1), log_p, divergence)
     # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
     return _mix(logits, value.sum() * temperature.square(), slope * temperature, labels, share, softcap)
@@ -161,7 +165,8 @@ class _TokenLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=student.device)
         grad_hidden = torch.empty_like(student) if need_hidden else None
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
-        temperature = torch.tensor(mixture.temperature, dtype=wide, device=student.device)
+        plain = mixture.temperature == 1.0
+        temperature = None if plain else torch.tensor(mixture.temperature, dtype=wide, device=student.device)
         rest = (mixture.divergence, mixture.cross_entropy, softcap)
         chunk = chunk or max(1, ELEMENTS // words)
         together = min(len(student), max(1, SLOPES // words // chunk) * chunk)  # tokens of one product for the head

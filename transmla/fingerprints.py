@@ -13,12 +13,22 @@ from transmla.data.sources import local_files
 from transmla.entries import Part, data_names
 from transmla.evaluate.tasks import digests
 from transmla.preflight import Prepared
+from transmla.recipe import ModelSource
 from transmla.recipe_write import Solve, Traces
 from transmla.sources import identity
 
 FORMAT = 2  # raise it when the same settings would give another result than before
 # Keys of a trainer that change what is written or shown, not what is learned.
-COSMETIC = ("logging_steps", "save_steps", "save_total_limit", "report_to", "disable_tqdm")
+COSMETIC = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "disable_tqdm",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+)
 
 # Keys of a trainer that decide which tokens make which row.
 PREPARATION = (
@@ -129,6 +139,10 @@ class Fingerprints:
         settings = stage.model_dump(mode="json")
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
+        if stage.kind == "distill":
+            settings["record"].pop("folder")
+            if isinstance(stage.teacher, ModelSource):
+                settings["teacher"] = identity(stage.teacher)  # its files, not only where they are
         return fingerprint(
             {
                 "input": self.stage(index - 1),

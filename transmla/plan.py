@@ -61,6 +61,11 @@ def micro_batch(stage: AnyStage) -> int:
     return length * int(stage.trainer.get("per_device_train_batch_size", 1))
 
 
+def rows_of_a_step(stage: AnyStage) -> int:
+    """Rows that one process handles in an optimizer step."""
+    return int(stage.trainer.get("per_device_train_batch_size", 1)) * int(stage.trainer.get("gradient_accumulation_steps", 1))
+
+
 def steps_of(stage: AnyStage, processes: int) -> int:
     """Optimizer steps that the stage's token budget gives, at least one."""
     batch = micro_batch(stage) * int(stage.trainer.get("gradient_accumulation_steps", 1)) * processes
@@ -73,8 +78,10 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     everything = stage.train == "all"
     trained = sizes.trained(stage)
     shared = 0 if everything else sizes.student - sizes.attention
-    teacher = 0 if stage.kind == "sft" else sizes.source
-    weights = width * (teacher + sizes.student - (shared if teacher else 0)) + (4 - width) * trained  # masters in float32
+    teacher = 0 if stage.kind == "sft" or (stage.kind == "distill" and stage.teacher == "recorded") else sizes.source
+    if teacher == 0 or (stage.kind == "distill" and not isinstance(stage.teacher, str)):
+        shared = 0  # another teacher's own size is not known here: it is taken for the source's
+    weights = width * (teacher + sizes.student - shared) + (4 - width) * trained  # trained weights in float32
     optimizer = 12 * trained  # gradient and two moments in float32
     tokens = micro_batch(stage)
     checkpointing = stage.trainer.get("gradient_checkpointing", False)

@@ -22,8 +22,8 @@ from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.hardware import require_disk, resolve_device, resolve_dtype
 from transmla.modeling.student import student_config
 from transmla.plan import bytes_on_disk, count_parameters
-from transmla.preflight_write import check_written, check_written_name
 from transmla.preflight_stages import check_stages
+from transmla.preflight_write import check_written, check_written_name, kind_of_data
 from transmla.recipe import Recipe
 from transmla.sources import source_config
 
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     if section.searched and section.calibration.tokens < 2 * section.calibration.max_length:
         raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
     _check_data(recipe, config)
-    check_stages(recipe, config)
+    check_stages(recipe, config, device)
     check_tasks(recipe.evaluate, online=not recipe.dry_run)
     check_requirements(recipe)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
@@ -96,6 +96,7 @@ def _check_data(recipe: Recipe, config: PretrainedConfig) -> None:
                 check_written_name(name, key, recipe)
             else:
                 check_dataset(name, key, online=not recipe.dry_run)
+        kind_of_data(names, key, recipe)
     check_written(recipe, config.max_position_embeddings)
     limit = config.max_position_embeddings
     lengths = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
+from transmla.data.definition import find_definition
 from transmla.data.heldout import check_heldout
 from transmla.data.problems import check_problems, require
 from transmla.data.sources import check_dataset
+from transmla.entries import Part, data_names
 from transmla.errors import RecipeError
 from transmla.recipe import Recipe
 from transmla.recipe_write import Sampling, Traces
@@ -41,6 +44,29 @@ def check_written(recipe: Recipe, positions: int) -> None:
         check_problems(solve.problems, f"{key}.problems", skip=solve.skip, limit=solve.limit, online=online)
         _check_length(solve, key, positions, 1)
     check_heldout(recipe)
+
+
+def kind_of_data(data: Sequence[str | Part], key: str, recipe: Recipe) -> str:
+    """What the rows of a `data` list are: `text`, `messages` or `completion`.
+
+    Raises:
+        RecipeError: of several kinds, which cannot be joined.
+    """
+    written = {entry.name: entry.format if isinstance(entry, Traces) else "text" for entry in recipe.write}
+    kinds = {}
+    for name in data_names(data):
+        if name.startswith("@"):
+            kinds[name] = written[name.removeprefix("@")]
+            continue
+        definition, _ = find_definition(name, key)
+        if definition.messages or "messages" in definition.columns:
+            kinds[name] = "messages"
+        else:
+            kinds[name] = "completion" if definition.template is None and "prompt" in definition.columns else "text"
+    if len(set(kinds.values())) > 1:
+        listed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
+        raise RecipeError(key, f"datasets of different kinds cannot be joined: {listed}")
+    return next(iter(kinds.values()))
 
 
 def check_written_name(name: str, key: str, recipe: Recipe) -> None:

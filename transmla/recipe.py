@@ -155,8 +155,18 @@ class TrainerStage(Stage):
     compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
     """
 
+    train: Literal["attention", "all", "lora"]
     compile: bool = False
     lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> TrainerStage:
+        """A key that does nothing is a mistake, and would make a finished stage again when it changes."""
+        if "lora" in self.model_fields_set and self.train != "lora":
+            raise ValueError("lora is for train: lora; leave one of them out, or set train")
+        if "trunk_learning_rate" in self.model_fields_set and self.train != "all":
+            raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
+        return self
 
 
 class Layerwise(TrainerStage):
@@ -172,10 +182,20 @@ class Layerwise(TrainerStage):
     stream: Literal["teacher", "student"] = "teacher"
     hidden: Annotated[float, Field(ge=0.0)] = 0.0
 
+    @model_validator(mode="after")
+    def _possible(self) -> Layerwise:
+        if self.trainer.get("gradient_checkpointing") and (self.stream == "student" or self.hidden):
+            raise ValueError("errors taken inside the layers cannot be recomputed; use trainer.gradient_checkpointing: false")
+        if self.train == "lora" and self.lora.targets == "all" and not self.hidden:
+            raise ValueError("lora.targets all: adapters of the MLPs learn from the stream after the layer alone; set hidden")
+        return self
+
 
 class Record(Section):
     """What `transmla record` keeps of the teacher's next-token distribution.
 
+    dtype: of the log-probabilities. bfloat16 has an eighth of float16's digits in the same bytes: near the end of recovery
+        some rows' gradients are lost in it.
     folder: where it lies; None: below the output directory. A recording depends on source, text and packing alone, so
         that several conversions of one source may share it.
     """
@@ -209,6 +229,8 @@ class Distill(TrainerStage):
 
     @model_validator(mode="after")
     def _recorded_at_one(self) -> Distill:
+        if "beta" in self.model_fields_set and self.divergence != "jsd":
+            raise ValueError("beta is for divergence: jsd")
         if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
             raise ValueError("a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1")
         return self

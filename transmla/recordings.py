@@ -14,6 +14,7 @@ from transmla.entries import Part
 from transmla.errors import RecipeError
 from transmla.fingerprints import Fingerprints
 from transmla.maker import Maker
+from transmla.plan import rows_of_a_step, steps_of
 from transmla.recipe import AnyStage
 
 if TYPE_CHECKING:
@@ -86,6 +87,14 @@ class Recordings(Maker):
                 key, folder = f"recover.{index}.record", self.recording_folder(index)
                 recorded = RecordedTeacher(folder, key)
                 check_inputs(folder, recorded.index, key, settings=self.digests.recording(index))
+                have = sum(len(shard["rows"]) for shard in recorded.index["shards"])
+                processes = self.state.num_processes
+                needed = min(steps_of(stage, processes) * rows_of_a_step(stage) * processes, recorded.index["data_rows"])
+                if have < needed:
+                    raise RecipeError(
+                        key, f"{have:,} rows are recorded, training needs {needed:,}; run transmla record again, with more tokens "
+                        "where one step of all processes is longer than the budget",
+                    )
 
     def _read_recording(self, index: int, trainer: DistillTrainer) -> None:
         """Make a stage's trainer ask what was recorded, once that is seen to be of the trainer's own rows."""

@@ -36,6 +36,8 @@ def test_a_wrong_word_for_the_teacher() -> None:
         ("recover.1.cross_entropy=1.0", "recover.1.cross_entropy"),
         ("recover.1.lora={rank: 4}", "recover.1.lora.rank"),
         ("recover.0.train=all", "recover.0.train"),
+        ("recover.0.lora={r: 4}", "recover.0"),  # nothing trains adapters
+        ("recover.1.beta=0.3", "recover.1"),
     ],
 )
 def test_wrong_values(override: str, key: str) -> None:
@@ -44,3 +46,22 @@ def test_wrong_values(override: str, key: str) -> None:
 
 def test_recorded_probabilities_are_of_temperature_one() -> None:
     assert "temperature" in refused(["recover.1.teacher=recorded", "recover.1.final_temperature=2.0"])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["recover.0.stream=student", "recover.0.trainer.gradient_checkpointing=true"], "gradient_checkpointing"),
+        (["recover.0.train=lora", "recover.0.lora={targets: all}"], "set hidden"),
+        (["recover.1.train=attention", "recover.1.trunk_learning_rate=0.5"], "trunk_learning_rate is for train: all"),
+        (["recover.1.teacher={source: random, config: {model_type: gpt2}}"], "gpt2 has no trunk"),
+    ],
+)
+def test_what_would_fail_or_do_nothing(overrides: list[str], words: str) -> None:
+    assert words in refused(overrides)
+
+
+def test_kinds_of_rows_are_not_mixed(tmp_path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    (tmp_path / "chat.yaml").write_text("path: chat.jsonl\ncolumns: {messages: messages}\n")
+    assert "sample_train is text" in refused([f"recover.1.data=[sample_train,{tmp_path}/chat.yaml]"])

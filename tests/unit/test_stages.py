@@ -198,3 +198,14 @@ def test_compiled_layers_compute_the_same(kind: str, tmp_path) -> None:
 
     plain_layers(student, compiled.teacher)
     assert not any("forward" in vars(module) for module in student.model.modules())
+
+
+def test_merging_leaves_the_teacher_alone(tmp_path) -> None:
+    """Adapters on the MLPs, whose weights student and teacher share in float32."""
+    stage = {"train": "lora", "lora": {"r": 4, "alpha": 8, "targets": "all"}}
+    trainer = make_trainer("distill", tmp_path, stage=stage, steps=4, learning_rate=1e-2)
+    before = {name: value.detach().clone() for name, value in trainer.teacher.named_parameters()}
+    run_stage(trainer, torch.float32)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.named_parameters())
+    changed = [name for name, value in trainer.student.named_parameters() if name in before and not torch.equal(value, before[name])]
+    assert any("mlp" in name for name in changed)

@@ -148,7 +148,7 @@ def draw_figures(report: dict[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(5 * len(curves), 3.4), layout="constrained")
         for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
             axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
-            loss = "normalised attention error" if "layerwise" in name else "KL to teacher, nats a token"
+            loss = "normalised attention error" if "layerwise" in name else "loss, nats a token"
             axes.set(title=f"{name}, training loss", xlabel="step", ylabel=loss, ylim=(0, None))
         figure.savefig(folder / "loss.png", dpi=120)
     quality = report["quality"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def packed_trainer(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SF
     """trl's trainer for the sake of its packed dataset and its order of rows, around a model of no importance."""
     dimensions = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=max(len(tokenizer), 8), **dimensions))
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=copy.deepcopy(tokenizer))
     carry_rows(trainer)
     return trainer
 
@@ -144,6 +145,7 @@ def record_teacher(
             "dtype": stage.record.dtype,
         }
         writer = Writer(folder, inputs, key)
+        writer.index["data_rows"] = len(trainer.train_dataset)
         done, teacher = writer.rows, None
         rows, counts, blobs = [], [], []
         for batch in training_batches(trainer, rows_needed(stage, len(trainer.train_dataset))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,7 +107,8 @@ def build_trainer(
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    common = {"train_dataset": data, "processing_class": tokenizer}
+    # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
+    common = {"train_dataset": data, "processing_class": copy.deepcopy(tokenizer)}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)
     if stage.kind == "layerwise":

@@ -108,8 +108,9 @@ class Traces(Writing):
 class Text(Writing):
     """Text that the teacher writes by itself.
 
-    tokens: at least so many are drawn. prefix_data, prefix_tokens: documents are begun with the first so many tokens
-        of documents of these datasets, drawn by the recipe's seed; 0: with the tokenizer's start (or end) token alone.
+    tokens: at least so many are drawn. prefix_data, prefix_tokens: what is written is begun with so many tokens of these
+        datasets, of a text from a random place, of a conversation the first ones, by the recipe's seed; 0: with the
+        tokenizer's start (or end) token alone.
     """
 
     kind: Literal["text"]

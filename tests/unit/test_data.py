@@ -16,8 +16,8 @@ class Letters:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, texts: list[str], add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 def test_windows_cut_a_stream_of_documents() -> None:
@@ -99,8 +99,8 @@ def test_a_template_names_columns_that_exist(tmp_path) -> None:
 
 def test_conversations_get_their_special_tokens_from_the_template_alone() -> None:
     class Chat(Letters):
-        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
-            return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
+        def __call__(self, texts: list[str], add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list]:
+            return {"input_ids": [[1] * add_special_tokens + [ord(letter) for letter in text] for text in texts]}
 
         def apply_chat_template(self, messages: list[dict], tokenize: bool) -> str:
             return "".join(turn["content"] for turn in messages)

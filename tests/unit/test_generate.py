@@ -9,6 +9,7 @@ from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.convert import convert_model
 from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
+from transmla.data.write import piece
 from transmla.recipe_write import Sampling
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4)
@@ -151,3 +152,13 @@ def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     ahead = Parts(tmp_path, "d")
     ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
     assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]
+
+
+def test_a_prefix_begins_with_a_word_anywhere_in_the_text() -> None:
+    text = " ".join(f"w{number:03d}" for number in range(200))
+    generator = torch.Generator().manual_seed(0)
+    pieces = [piece(text, 40, generator) for _ in range(300)]
+    assert {len(one) for one in pieces} == {40}
+    starts = [int(one[1:4]) for one in pieces if one[0] == "w"]
+    assert len(starts) > 290 and min(starts) < 10 and max(starts) > 185 and len(set(starts)) > 120
+    assert piece("short", 40, generator) == "short"

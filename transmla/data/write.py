@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.answers import accepts
-from transmla.data.generate import Sample, batches
+from transmla.data.generate import Sample, batch_seed, batches
 from transmla.data.problems import ProblemSet, messages_of, normal, opening, prompt_text, stored_prompt
 from transmla.data.sources import load_many
 from transmla.data.windows import documents
@@ -21,6 +22,7 @@ from transmla.errors import RecipeError
 from transmla.recipe_write import Problems, Text, Traces
 
 DATA, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
+CHARACTERS = 16  # of text that surely hold a token of it
 COLUMNS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 
 
@@ -121,7 +123,7 @@ class Starts:
         Raises:
             RecipeError: the tokenizer has no token to start with.
         """
-        self.entry, self.tokenizer = entry, tokenizer
+        self.entry, self.tokenizer, self.seed = entry, tokenizer, seed
         self.data: Dataset | None = None
         if entry.prefix_data:
             self.data = load_many(entry.prefix_data, f"{key}.prefix_data")
@@ -137,9 +139,23 @@ class Starts:
         size = self.entry.batch_size
         if self.data is None:
             return [list(self.start) for _ in range(size)]
-        rows = [self.order[(batch * size + place) % len(self.order)] for place in range(size)]
-        found = [document[: self.entry.prefix_tokens] for document in documents(self.data.select(rows), self.tokenizer)]
+        rows = self.data.select([self.order[(batch * size + place) % len(self.order)] for place in range(size)])
+        if "text" in rows.column_names:  # books are long: their first words alone would be few
+            generator = torch.Generator().manual_seed(batch_seed(self.seed, "prefixes", batch))
+            pieces = [piece(text, CHARACTERS * self.entry.prefix_tokens, generator) for text in rows["text"]]
+            rows = Dataset.from_dict({"text": pieces})
+        found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
         return [document or list(self.start) for document in found]
+
+
+def piece(text: str, length: int, generator: torch.Generator) -> str:
+    """`length` characters of a text, from the first word after a random place."""
+    if len(text) <= length:
+        return text
+    place = int(torch.randint(len(text) - length + 1, (), generator=generator))
+    words = re.compile(r"\s+").search(text, place) if place else None
+    start = words.end() if words is not None and words.end() + length <= len(text) else place
+    return text[start : start + length]
 
 
 def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sample]]], folder: Path) -> dict[str, int]:

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from transmla.modeling.window import final_softcap
 from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
-from transmla.recover.trainer import Objective, RecoveryTrainer, trunk_inputs
+from transmla.recover.trainer import Objective, RecoveryTrainer, kept_of, scored, trunk_inputs
 
 
 class DistillTrainer(RecoveryTrainer):
@@ -43,24 +43,24 @@ class DistillTrainer(RecoveryTrainer):
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Position t of student and teacher is scored where label t + 1 counts."""
         batch = trunk_inputs(inputs)
-        mask = inputs["labels"][:, 1:] != -100
+        kept = scored(inputs)
         if self.teacher is None:
             assert self.recorded is not None, "without a teacher, what it said must have been recorded"
             expected: Teacher | Kept = self.recorded(inputs)
         else:
             with torch.no_grad():
-                states = self.teacher.model(**batch, use_cache=False).last_hidden_state[:, :-1][mask]
-            expected = Teacher(states, self.teacher.get_output_embeddings().weight)
-        hidden = student.model(**batch, use_cache=False).last_hidden_state[:, :-1][mask]
+                states = self.teacher.model(**batch, use_cache=False).last_hidden_state
+            expected = Teacher(kept_of(states[:, :-1], kept), self.teacher.get_output_embeddings().weight)
+        hidden = student.model(**batch, use_cache=False).last_hidden_state
         total = token_loss(
-            hidden,
+            kept_of(hidden[:, :-1], kept),
             student.get_output_embeddings().weight,
             expected,
-            labels=inputs["labels"][:, 1:][mask],
+            labels=kept_of(inputs["labels"][:, 1:], kept),
             mixture=replace(self.mixture, temperature=self.temperature()),
             softcap=final_softcap(student.config),
         )
-        return Objective(total=total, tokens=mask.sum())
+        return Objective(total=total, tokens=torch.tensor(len(kept)))
 
     def temperature(self) -> float:
         """Of the present step."""
@@ -76,14 +76,13 @@ class SFTStageTrainer(RecoveryTrainer):
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Position t is scored where label t + 1 counts."""
-        labels = inputs["labels"][:, 1:]
-        mask = labels != -100
-        hidden = student.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state[:, :-1][mask]
+        kept = scored(inputs)
+        hidden = student.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state
         total = token_loss(
-            hidden,
+            kept_of(hidden[:, :-1], kept),
             student.get_output_embeddings().weight,
             None,
-            labels=labels[mask],
+            labels=kept_of(inputs["labels"][:, 1:], kept),
             softcap=final_softcap(student.config),
         )
-        return Objective(total=total, tokens=mask.sum())
+        return Objective(total=total, tokens=torch.tensor(len(kept)))

@@ -37,7 +37,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 2,
     "report_to": "none",
-    "dataloader_pin_memory": False,
+    "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what should be seen
 }
 
 
@@ -57,6 +57,8 @@ def trainer_config(
 ) -> SFTConfig:
     """trl's own configuration object for a stage."""
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
+    gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
+    copies = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
     return SFTConfig(
         output_dir=str(folder),
         max_steps=steps_of(stage, processes),
@@ -64,7 +66,7 @@ def trainer_config(
         data_seed=seed,
         bf16=dtype == torch.bfloat16,
         use_cpu=device == "cpu",
-        **(TRAINER_DEFAULTS | stage.trainer),
+        **(TRAINER_DEFAULTS | copies | stage.trainer),
     )
 
 
@@ -142,6 +144,9 @@ def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=checkpoint)
     student = trainer.student
     del student.forward  # back to the class's own
+    # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
+    for mark in ("_is_accelerate_prepared", "_original_forward"):
+        vars(student).pop(mark, None)
     plain_layers(student, trainer.teacher)
     if trainer.peft_config is not None:
         merge_adapters(trainer.accelerator.unwrap_model(trainer.model))

@@ -46,6 +46,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
         self._clock: tuple[float, float] | None = None
         self.student = model  # inside peft's wrapper, where there is one
         self.peft_config = kwargs.get("peft_config")
+        self.data_collator = CountingCollator(self.data_collator)
         self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
         install_objective(model, self.objective)
 
@@ -107,6 +108,40 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
                 logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
             self._clock = (now, self._total_train_tokens)
         super().log(logs, start_time)
+
+
+class CountingCollator:
+    """A collator that looks at its batch while that is still on the CPU, so that nothing waits for the device later.
+
+    It adds `kept` [n], the positions that are scored (`kept_positions`), and leaves out an attention mask that masks
+    nothing. Asked of the device, their number and `mask.all()` would each stop the CPU until every kernel is done, and
+    the device would then be idle until the next ones are launched.
+    """
+
+    def __init__(self, collator: Callable[[list], dict[str, Tensor]]) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: list) -> dict[str, Tensor]:
+        batch = dict(self.collator(rows))
+        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch | {"kept": kept_positions(batch["labels"])}
+
+
+def kept_positions(labels: Tensor) -> Tensor:
+    """Positions whose successor has a label, counted through rows of T - 1. labels: [B, T] -> [n]."""
+    return (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
+
+
+def scored(inputs: dict[str, Tensor]) -> Tensor:
+    """The scored positions of a batch, counted where its collator did not."""
+    return inputs["kept"] if "kept" in inputs else kept_positions(inputs["labels"])
+
+
+def kept_of(values: Tensor, kept: Tensor) -> Tensor:
+    """What stands at the kept positions. values: [B, T - 1, ...] -> [n, ...]."""
+    flat = values.flatten(0, 1)
+    return flat if len(kept) == len(flat) else flat.index_select(0, kept)
 
 
 def install_objective(model: PreTrainedModel, compute: Callable[[nn.Module, dict], Objective]) -> None:

@@ -52,14 +52,13 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     Raises:
         RecipeError: unknown recipe, unknown key, wrong type, broken YAML.
     """
-    groups = {path.name for path in share("recipes").iterdir() if path.is_dir()} - {ZOO}
+    groups = {path.name: _choices(path) for path in share("recipes").iterdir() if path.is_dir() and path.name != ZOO}
     chosen, assigned = [], []
     for override in overrides:
         key, sign, value = override.partition("=")
         if not key or (not sign and not override.startswith("~")):
             raise RecipeError(override, "an override has the form key.sub=value")
-        in_group = key in groups and (share("recipes") / key / f"{value}.yaml").is_file()
-        (chosen if in_group or key[0] in "+~" else assigned).append(override)
+        (chosen if value in groups.get(key, ()) or key[0] in "+~" else assigned).append(override)
     tree = _compose(recipe, chosen)
     for override in assigned:
         _assign(tree, override)
@@ -70,6 +69,10 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Rec
     assert isinstance(plain, dict)
     plain.setdefault("name", Path(recipe).stem)
     return validate_recipe(plain)
+
+
+def _choices(group: Path) -> set[str]:
+    return {path.relative_to(group).as_posix().removesuffix(".yaml") for path in group.rglob("*.yaml")}
 
 
 def _compose(recipe: str, overrides: list[str]) -> DictConfig:

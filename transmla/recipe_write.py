@@ -81,6 +81,11 @@ class Writing(Sampling):
     engine: Literal["auto", "transformers", "vllm"] = "auto"
 
 
+def _check_samples(samples: int, temperature: float) -> None:
+    if samples > 1 and temperature == 0:
+        raise ValueError("several samples at temperature 0 are the same text; raise temperature")
+
+
 class Traces(Writing):
     """Replies of the teacher to problems, kept where the checker accepts them.
 
@@ -100,8 +105,7 @@ class Traces(Writing):
 
     @model_validator(mode="after")
     def _random(self) -> Traces:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("several samples at temperature 0 are the same text; raise temperature")
+        _check_samples(self.samples, self.temperature)
         return self
 
 
@@ -132,10 +136,20 @@ AnyWriting = Annotated[Traces | Text, Field(discriminator="kind")]
 
 
 class Solve(Sampling):
-    """Accuracy on problems: one reply to each, greedy unless `temperature` says otherwise. skip, limit: which problems."""
+    """Accuracy on problems. skip, limit: which problems.
+
+    samples: replies to a problem, whose share of right ones is what counts. One greedy reply by default; several, drawn at
+        a temperature, tell two models apart with fewer problems.
+    """
 
     name: Name
     problems: Problems
     skip: NonNegativeInt = 0
     limit: PositiveInt | None = None
+    samples: PositiveInt = 1
     temperature: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _random(self) -> Solve:
+        _check_samples(self.samples, self.temperature)
+        return self

@@ -1,6 +1,7 @@
 """Problems, their checkers, and the rule that nothing is written for what is evaluated on."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -9,7 +10,9 @@ from transmla.compose import load_recipe
 from transmla.data.answers import MathChecker, accepts, boxed, final_answer, reference_answer
 from transmla.data.problems import load_problems, prompt_text, stored_prompt
 from transmla.data.sources import check_dataset
+from transmla.data.generate import Sample
 from transmla.errors import RecipeError
+from transmla.evaluate.solve import score
 from transmla.preflight import prepare
 from transmla.recipe_write import Problems
 
@@ -207,3 +210,22 @@ def test_refusals(overrides: list[str], message: str) -> None:
 def test_missing_packages_are_named(module: str, problems: str, command: str, monkeypatch) -> None:
     monkeypatch.setattr("transmla.data.problems.find_spec", lambda name: None if name == module else object())
     assert command in refused(write(problems)) and command in refused(solve(problems))
+
+
+def test_several_replies_to_a_problem_count_as_one_share() -> None:
+    """The error is that of 3 problems, not of 12 replies: replies to one problem resemble each other."""
+    right = [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    flat = [one for row in right for one in row]
+    asked = SimpleNamespace(
+        samples=4,
+        accepted=lambda index, sample: bool(flat[index]),
+        reply=lambda index, sample: f"reply {index}",
+        found=SimpleNamespace(problems=[SimpleNamespace(question=f"question {number}") for number in range(3)]),
+    )
+    found = score(asked, [Sample([1, 2], finished=True)] * 12)
+    assert found["accuracy"] == pytest.approx(5 / 12) and found["count"] == 3
+    shares = [1, 0.25, 0]
+    spread = sum((share - 5 / 12) ** 2 for share in shares) / 2
+    assert found["standard_error"] == pytest.approx((spread / 3) ** 0.5)
+    assert [shown["reply"] for shown in found["replies"]] == ["reply 0", "reply 4"]
+    assert found["replies"][1]["question"] == "question 1"

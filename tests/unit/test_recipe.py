@@ -52,6 +52,13 @@ def test_overrides_reach_their_key() -> None:
     assert load_recipe("smollm2_135m", ["model=qwen2.5_7b_instruct"]).model.source == "Qwen/Qwen2.5-7B-Instruct"
 
 
+def test_a_list_of_stages_is_no_name_of_a_group() -> None:
+    """`recover` is also a folder of recipes; a whole list for it is longer than any file's name."""
+    stage = "{kind: sft, data: [sample_train], tokens: 4096, trainer: {learning_rate: 1.0e-4}}"
+    recipe = load_recipe("debug", [f"recover=[{', '.join([stage] * 5)}]"])
+    assert [one.kind for one in recipe.recover] == ["sft"] * 5
+
+
 def test_a_recipe_of_ones_own(tmp_path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("defaults:\n  - _base\n  - model: smollm2_135m\n  - _self_\n" + yaml.safe_dump(

@@ -44,14 +44,15 @@ def make_trainer(
     processes: int = 1,
     dtype: torch.dtype = torch.float32,
     stage: dict | None = None,
+    student=None,  # of an earlier stage
     **trainer: object,
 ):
     torch.manual_seed(0)
     teacher = tiny_model(dtype=dtype)
     convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
     done = convert_model(teacher, convert, torch.cat(windows()))
-    student, statistics = done.student, done.statistics
-    student = copy.deepcopy(student)
+    statistics = done.statistics
+    student = copy.deepcopy(done.student) if student is None else student
     defaults = dict(
         max_length=LENGTH,
         per_device_train_batch_size=batch,

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tests.unit.test_recover import documents, losses, make_trainer
 from transmla.modeling.student import ATTENTION
 from transmla.recover.run import run_stage
+from transmla.recover.trainer import CountingCollator, kept_of
 from transmla.recover.transfer import attention_errors
 
 
@@ -209,3 +210,39 @@ def test_merging_leaves_the_teacher_alone(tmp_path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.named_parameters())
     changed = [name for name, value in trainer.student.named_parameters() if name in before and not torch.equal(value, before[name])]
     assert any("mlp" in name for name in changed)
+
+
+def test_a_batch_knows_its_scored_positions_and_drops_an_idle_mask(tmp_path) -> None:
+    tokens = torch.arange(10).view(2, 5)
+    labels = tokens.clone()
+    labels[0, :3] = labels[1, 2] = -100
+    mask = torch.ones(2, 5, dtype=torch.long)
+    batch = CountingCollator(lambda rows: {"labels": labels, "attention_mask": mask})([])
+    assert "attention_mask" not in batch
+    values = torch.randn(2, 4, 3)
+    assert torch.equal(kept_of(values, batch["kept"]), values[labels[:, 1:] != -100])
+    assert torch.equal(kept_of(values, torch.arange(8)), values.flatten(0, 1))
+    mask[1, 0] = 0
+    assert CountingCollator(lambda rows: {"labels": labels, "attention_mask": mask})([])["attention_mask"] is mask
+
+
+@pytest.mark.parametrize("kind", ["distill", "sft"])
+def test_what_the_collator_says_changes_nothing(kind: str, tmp_path) -> None:
+    trainer = make_trainer(kind, tmp_path)
+    rows = [{"input_ids": text, "labels": [-100] * 3 + text[3:]} for text in documents()[:2]]
+    batch = trainer.data_collator(rows)
+    assert "kept" in batch
+    found = [trainer.objective(trainer.model, inputs) for inputs in (batch, {k: v for k, v in batch.items() if k != "kept"})]
+    assert found[0].total.item() == found[1].total.item() and int(found[0].tokens) == int(found[1].tokens)
+
+
+def test_a_student_goes_on_to_another_stage_under_autocast(tmp_path) -> None:
+    """Accelerate marks what it has prepared, and would leave the second stage's products in float32."""
+    first = make_trainer("distill", tmp_path / "a", steps=1, dtype=torch.bfloat16)
+    run_stage(first, torch.bfloat16)
+    second = make_trainer("distill", tmp_path / "b", steps=1, dtype=torch.bfloat16, student=first.student)
+    projection = second.student.model.layers[0].self_attn.q_proj
+    seen = []
+    projection.register_forward_hook(lambda module, args, out: seen.append((module.weight.dtype, out.dtype)))
+    second.train()
+    assert seen == [(torch.float32, torch.bfloat16)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transmla.data.generate import ModelSampler, Sample, batch_seed
 from transmla.data.problems import ProblemSet
 from transmla.data.write import Questions
+from transmla.evaluate.intervals import around, mean, standard_error, wilson
 from transmla.recipe_write import Solve
 
 SHOWN = 2  # replies that a record keeps
@@ -17,8 +17,8 @@ LENGTH = 1200  # characters of each
 
 
 def questions(found: ProblemSet, settings: Solve, tokenizer: PreTrainedTokenizerBase) -> Questions:
-    """The prompts of an evaluation: one reply to each problem."""
-    return Questions(found, settings.problems, tokenizer, samples=1, batch_size=settings.batch_size)
+    """The prompts of an evaluation: every problem as often as it is answered."""
+    return Questions(found, settings.problems, tokenizer, samples=settings.samples, batch_size=settings.batch_size)
 
 
 def solve(
@@ -39,34 +39,28 @@ def score(asked: Questions, samples: list[Sample]) -> dict[str, Any]:
     A reply that did not end by itself counts as wrong: what it would have answered is not known.
 
     Returns:
-        accuracy: share of accepted replies. count: problems. standard_error: sqrt(p (1 - p) / n). interval: Wilson's,
-        95 %. finished: share of replies that ended by themselves. tokens: mean length of a reply. replies: the first
-        few, with question, reply and whether it was accepted.
+        accuracy: mean over problems of the share of accepted replies. count: problems. standard_error: of that mean, from
+        the spread between problems. interval: 95 %, Wilson's where each problem has one reply. finished: share of
+        replies that ended by themselves. tokens: mean length of a reply. replies: to the first few problems, with
+        question, reply and whether it was accepted.
     """
     accepted = [asked.accepted(index, sample) for index, sample in enumerate(samples)]
-    count = len(samples)
-    accuracy = sum(accepted) / count
+    shares = [mean(accepted[start : start + asked.samples]) for start in range(0, len(samples), asked.samples)]
+    accuracy, error = mean(shares), standard_error(shares) or 0.0
+    low, high = wilson(sum(accepted), len(samples)) if asked.samples == 1 else around(accuracy, error)
     return {
         "accuracy": accuracy,
-        "count": count,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
-        "interval": list(wilson(sum(accepted), count)),
-        "finished": sum(sample.finished for sample in samples) / count,
-        "tokens": sum(len(sample.tokens) for sample in samples) / count,
+        "count": len(shares),
+        "standard_error": error,
+        "interval": [max(0.0, low), min(1.0, high)],
+        "finished": mean([sample.finished for sample in samples]),
+        "tokens": mean([len(sample.tokens) for sample in samples]),
         "replies": [
             {
-                "question": asked.found.problems[index].question,
-                "reply": asked.reply(index, sample)[:LENGTH],
+                "question": asked.found.problems[index // asked.samples].question,
+                "reply": asked.reply(index, samples[index])[:LENGTH],
                 "accepted": accepted[index],
             }
-            for index, sample in enumerate(samples[:SHOWN])
+            for index in range(0, len(samples), asked.samples)[:SHOWN]
         ],
     }
-
-
-def wilson(right: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927). z: 1.96 for 95 %."""
-    share, spread = right / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)

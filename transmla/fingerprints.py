@@ -13,7 +13,7 @@ from transmla.data.sources import local_files
 from transmla.entries import Part, data_names
 from transmla.evaluate.tasks import digests
 from transmla.preflight import Prepared
-from transmla.recipe import ModelSource
+from transmla.recipe_model import ModelSource
 from transmla.recipe_write import Solve, Traces
 from transmla.sources import identity
 

@@ -29,19 +29,13 @@ from transmla.evaluate.summary import missed
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
-from transmla.preflight_write import kind_of_data
-from transmla.recipe import AnyStage
 from transmla.recordings import Recordings, is_recorded
 from transmla.sources import check_facts, fetch, load_model
+from transmla.teachers import Teachers
 from transmla.writing import Writer
 
 
-def is_other(stage: AnyStage) -> bool:
-    """Whether a stage's teacher is a model of its own."""
-    return stage.kind == "distill" and not isinstance(stage.teacher, str)
-
-
-class Pipeline(Writer, Recordings):
+class Pipeline(Writer, Recordings, Teachers):
     """One run of one recipe. Work that one process does is done by the first; the others wait."""
 
     def __init__(self, prepared: Prepared) -> None:
@@ -189,36 +183,6 @@ class Pipeline(Writer, Recordings):
         self.state.wait_for_everyone()
         del student
         gc.collect()
-
-    def _teacher_of(self, stage: AnyStage) -> PreTrainedModel | None:
-        """The model that a stage's loss asks, or None."""
-        if stage.kind == "sft" or is_recorded(stage) or is_other(stage):
-            self.__dict__.pop("teacher", None)  # the source makes room
-            gc.collect()
-        if stage.kind == "sft" or is_recorded(stage):
-            return None
-        if is_other(stage):
-            return load_model(fetch(stage.teacher), self.prepared.dtype, self.device)
-        return self.teacher
-
-    def check_templates(self) -> None:
-        """Refuse, before any weight is loaded, conversations that the tokenizer has no template for."""
-        used = [("convert.calibration.data", self.recipe.convert.calibration.data), ("evaluate.data", self.recipe.evaluate.data)]
-        used += [(f"recover.{index}.data", stage.data) for index, stage in enumerate(self.recipe.recover)]
-        for key, data in used:
-            if self.tokenizer.chat_template is None and kind_of_data(data, key, self.recipe) == "messages":
-                raise RecipeError(key, "it is of conversations, and the tokenizer has no chat template; use text")
-
-    def check_teachers(self) -> None:
-        """Refuse, before any weight is loaded, a teacher that reads other tokens than the source."""
-        for index, stage in enumerate(self.recipe.recover):
-            if is_other(stage) and not self._is_current(self.stage_folder(index), self.digests.stage(index)):
-                other = AutoTokenizer.from_pretrained(fetch(stage.teacher))
-                if other.get_vocab() != self.tokenizer.get_vocab():
-                    raise RecipeError(
-                        f"recover.{index}.teacher",
-                        f"{stage.teacher.source} has another tokenizer than the source; name one that shares it",
-                    )
 
     def export(self) -> None:
         """The final checkpoint, published only when a fresh process agrees with the student."""

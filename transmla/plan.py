@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, adapted_layers, student_config
-from transmla.recipe import AnyStage, Convert, OnPolicy, Recipe
+from transmla.recipe import Convert, Recipe
+from transmla.recipe_stages import AnyStage, OnPolicy
 
 if TYPE_CHECKING:
     from transmla.preflight import Prepared

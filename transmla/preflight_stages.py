@@ -9,7 +9,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.modeling.window import final_softcap
-from transmla.recipe import Distill, ModelSource, Recipe, TrainerStage
+from transmla.recipe import Recipe
+from transmla.recipe_model import ModelSource
+from transmla.recipe_stages import Distill, TrainerStage
 from transmla.sources import kind_of, source_config
 
 COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")

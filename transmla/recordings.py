@@ -15,7 +15,7 @@ from transmla.errors import RecipeError
 from transmla.fingerprints import Fingerprints
 from transmla.maker import Maker
 from transmla.plan import rows_of_a_step, steps_of
-from transmla.recipe import AnyStage
+from transmla.recipe_stages import AnyStage
 
 if TYPE_CHECKING:
     from transmla.recover.distill import DistillTrainer

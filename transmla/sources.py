@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transmla.errors import RecipeError
 from transmla.families import default_kernel
 from transmla.hardware import require_disk
-from transmla.recipe import ModelSource
+from transmla.recipe_model import ModelSource
 
 FORMAT = 1  # raise it when a cached directory's content would change
 SPLIT_DIGITS = {

@@ -11,7 +11,8 @@ from transmla.compose import share
 from transmla.data.mixture import load_mixture, mixture_order
 from transmla.data.sources import check_dataset, load_many, load_one
 from transmla.errors import RecipeError
-from transmla.recipe import Part, validate_recipe
+from transmla.entries import Part
+from transmla.recipe import validate_recipe
 
 
 def texts(folder: Path, name: str, letter: str, lengths: list[int]) -> str:

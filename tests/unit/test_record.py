@@ -11,7 +11,7 @@ from tests.conftest import tiny_model
 from tests.unit.test_recover import tokenizer
 from transmla.cli import main
 from transmla.errors import RecipeError
-from transmla.recipe import Distill
+from transmla.recipe_stages import Distill
 from transmla.recover import record
 from transmla.recover.record import attach_rows, carry_rows, packed_trainer, record_teacher, training_batches
 from transmla.recover.run import build_trainer, trainer_config

@@ -10,10 +10,10 @@ from datasets import Dataset
 from tests.conftest import settings, tiny_model, windows
 from transmla.convert.convert import convert_model
 from transmla.modeling.student import ATTENTION
-from transmla.recipe import Distill, Layerwise, Sft
+from transmla.recipe_stages import Distill, Layerwise, Sft
 from transmla.recover.run import build_trainer, run_stage, trainer_config
 from transmla.sources import _random_model
-from transmla.recipe import ModelSource
+from transmla.recipe_model import ModelSource
 
 LENGTH = 24
 PLAIN = {"optim": "sgd", "learning_rate": 0.5}  # weights change by the gradient itself: a wrong factor is a wrong change

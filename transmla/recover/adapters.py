@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from transmla.modeling.student import adapted_layers
-from transmla.recipe import Lora
+from transmla.recipe_stages import Lora
 
 
 def lora_config(section: Lora, student: PreTrainedModel) -> LoraConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,9 @@ from trl import DistillationConfig, DistillationTrainer
 
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
-from transmla.plan import steps_of
-from transmla.recipe import OnPolicy
+from transmla.recipe_stages import OnPolicy
+from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints, last_checkpoint
-
-# What a recipe need not say. shuffle_dataset: the prompts come in the order of training.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 1,
-    "gradient_checkpointing": False,
-    "logging_steps": 10,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-}
-
 
 class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
     """trl's trainer on prompts that are token ids, with models of mixed dtypes.
@@ -52,19 +39,12 @@ def on_policy_config(
     stage: OnPolicy, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
 ) -> DistillationConfig:
     """trl's own configuration object for a stage."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
     return DistillationConfig(
-        output_dir=str(folder),
-        max_steps=steps_of(stage, processes),
         max_completion_length=stage.max_new_tokens,
         temperature=stage.temperature,
         beta=stage.beta,
-        shuffle_dataset=False,
-        seed=seed,
-        data_seed=seed,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device == "cpu",
-        **(TRAINER_DEFAULTS | stage.trainer),
+        **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
+        **(DEFAULTS | {"shuffle_dataset": False} | stage.trainer),  # the prompts come in the order of training
     )
 
 

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from transmla.modeling.backends import cap
 from transmla.modeling.window import final_softcap
 from transmla.plan import micro_batch
-from transmla.recipe import Distill
+from transmla.recipe_stages import Distill
 from transmla.recover.losses import ELEMENTS, logits_float32
 from transmla.recover.run import trainer_config
 from transmla.recover.topk import Writer, data_digest, encode, vocabulary_digest

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 
 from transmla.modeling.student import share_trunk, train_only
-from transmla.plan import steps_of
-from transmla.recipe import AnyStage
+from transmla.recipe_stages import AnyStage
 from transmla.recover.checkpoints import last_checkpoint
+from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.compiling import compile_layers, plain_layers
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
@@ -26,19 +26,9 @@ from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
 from transmla.recover.trainer import RecoveryTrainer
 
-# What a recipe need not say. Packed rows keep documents apart in attention; long documents are split, not cut off.
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "packing": True,
-    "packing_strategy": "bfd_split",
-    "shuffle_dataset": True,
-    "per_device_train_batch_size": 1,  # packed rows of one micro-batch are one long row to the attention mask
-    "gradient_checkpointing": False,
-    "logging_steps": 10,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "report_to": "none",
-    "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what should be seen
-}
+# Packed rows keep documents apart in attention; long documents are split, not cut off. Packed rows of one micro-batch are one
+# long row to the attention mask.
+PACKED: dict[str, Any] = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
 
 
 class _Progress(TrainerCallback):
@@ -56,17 +46,9 @@ def trainer_config(
     stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
 ) -> SFTConfig:
     """trl's own configuration object for a stage."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
-    gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
-    copies = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
     return SFTConfig(
-        output_dir=str(folder),
-        max_steps=steps_of(stage, processes),
-        seed=seed,
-        data_seed=seed,
-        bf16=dtype == torch.bfloat16,
-        use_cpu=device == "cpu",
-        **(TRAINER_DEFAULTS | copies | stage.trainer),
+        **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
+        **(DEFAULTS | PACKED | stage.trainer),
     )
 
 

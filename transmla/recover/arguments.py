@@ -1,0 +1,40 @@
+"""What every stage tells its trainer, whichever of trl's configuration classes that takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.plan import steps_of
+from transmla.recipe_stages import AnyStage
+
+# What a recipe need not say.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_checkpointing": False,
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what should be seen
+}
+
+
+def common_arguments(
+    stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+) -> dict[str, Any]:
+    """What follows from the run, and is no key of a recipe (but for copies, which one may set otherwise)."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
+    gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
+    copies = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
+    return {key: value for key, value in copies.items() if key not in stage.trainer} | {
+        "output_dir": str(folder),
+        "max_steps": steps_of(stage, processes),
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu": device == "cpu",
+    }

@@ -19,6 +19,7 @@ from transmla.recipe_stages import OnPolicy
 from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints, last_checkpoint
 
+
 class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
     """trl's trainer on prompts that are token ids, with models of mixed dtypes.
 

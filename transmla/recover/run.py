@@ -16,9 +16,9 @@ from trl import SFTConfig
 
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe_stages import AnyStage
-from transmla.recover.checkpoints import last_checkpoint
-from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.adapters import lora_config, merge_adapters
+from transmla.recover.arguments import DEFAULTS, common_arguments
+from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.compiling import compile_layers, plain_layers
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence

@@ -167,7 +167,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"export       {prepared.export.describe(recipe.export)}",
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
-        *(f"solve        {entry.name}: at most {entry.max_new_tokens:,} tokens a reply" for entry in recipe.evaluate.solve),
+        *(f"solve        {entry.name}: {entry.samples} to each problem, at most {entry.max_new_tokens:,} tokens a reply" for entry in recipe.evaluate.solve),
         *(f"             questions of {task.label}" for task in recipe.evaluate.tasks),
         *(f"             required: {requirement.describe()}" for requirement in recipe.evaluate.require),
         "",

@@ -22,7 +22,7 @@ from transmla.recipe_stages import Distill
 from transmla.recover.losses import ELEMENTS, logits_float32
 from transmla.recover.run import trainer_config
 from transmla.recover.topk import Writer, data_digest, encode, vocabulary_digest
-from transmla.recover.trainer import trunk_inputs
+from transmla.recover.trainer import kept_of, scored, trunk_inputs
 
 ROW = "row"  # column and batch key: which row of the packed dataset this is
 SHARD_POSITIONS = 65_536  # scored positions a shard
@@ -86,8 +86,8 @@ def training_batches(trainer: Trainer, wanted: int) -> Iterator[dict[str, Tensor
 @torch.no_grad()
 def top_log_probabilities(teacher: PreTrainedModel, batch: dict[str, Tensor], k: int) -> tuple[Tensor, Tensor]:
     """The k largest log-probabilities at every position whose successor has a label: ids and logp [n, k], on the CPU."""
-    mask = batch["labels"][:, 1:] != -100
-    hidden = teacher.model(**trunk_inputs(batch), use_cache=False).last_hidden_state[:, :-1][mask]
+    states = teacher.model(**trunk_inputs(batch), use_cache=False).last_hidden_state
+    hidden = kept_of(states[:, :-1], scored(batch))
     head, softcap = teacher.get_output_embeddings().weight, final_softcap(teacher.config)
     ids, logp = [], []
     for part in hidden.split(max(1, ELEMENTS // len(head))):
@@ -102,7 +102,7 @@ def top_log_probabilities(teacher: PreTrainedModel, batch: dict[str, Tensor], k:
 def positions_by_row(trainer: SFTTrainer, rows: Tensor) -> list[int]:
     """Scored positions of rows of the packed dataset, each collated by itself."""
     alone = [trainer.data_collator([trainer.train_dataset[row]]) for row in rows.tolist()]
-    return [int((batch["labels"][:, 1:] != -100).sum()) for batch in alone]
+    return [len(scored(batch)) for batch in alone]
 
 
 def record_teacher(

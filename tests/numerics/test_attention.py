@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from tests.conftest import VOCAB, settings, tiny_model, windows
 from transmla.convert.convert import convert_model
-from transmla.modeling.backends import eager_attention, sdpa
+from transmla.modeling.backends import eager_attention, one_query, sdpa
 
 
 def student():
@@ -96,6 +97,45 @@ def test_generation_with_the_latent_cache() -> None:
     assert torch.equal(generated, full[:, : generated.shape[1]])
     layer = out.past_key_values.layers[0]
     assert layer.keys.shape[-1] + layer.values.shape[-1] == 24 + 8  # latent and rope key, nothing per head
+
+
+@pytest.mark.parametrize("mask_of", [None, torch.bool, torch.float32])
+def test_one_query_against_the_definition(mask_of: torch.dtype | None) -> None:
+    query, key, value = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 11, 8), torch.randn(3, 2, 11, 5)
+    seen = torch.rand(3, 1, 1, 11) > 0.4
+    seen[..., -1] = True
+    additive = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    repeated_key, repeated_value = (states.double().repeat_interleave(3, dim=1) for states in (key, value))
+    wanted = eager_attention(
+        torch.nn.Module().eval(), query.double(), repeated_key, repeated_value, None if mask_of is None else additive, 0.3
+    )[0]
+    mask = None if mask_of is None else seen if mask_of == torch.bool else additive
+    halves = [(query[..., :3], key[..., :3]), (query[..., 3:], key[..., 3:])]
+    for parts in ([(query, key)], halves):
+        assert (one_query(parts, value, mask, 0.3).transpose(1, 2) - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_absorbed_equals_expanded(family: str) -> None:
+    """One more token after a cached prompt, padded on the left: float64, biases included, nothing expanded."""
+    source = tiny_model(family)
+    model = convert_model(source, settings(qk_rope_head_dim=8, kv_lora_rank=24), torch.cat(windows())).student.double()
+    rows = torch.randint(1, VOCAB, (3, 9))
+    mask = torch.ones_like(rows)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    calls = []
+    with torch.no_grad():
+        whole = model(input_ids=rows, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        model(input_ids=rows[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
+        for layer in model.model.layers:
+            layer.self_attn.kv_b_proj.register_forward_hook(lambda *_: calls.append(1))
+        last = model(
+            input_ids=rows[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=cache
+        ).logits[:, -1]
+    assert not calls
+    assert (last - whole).abs().max() < 1e-12
 
 
 def test_save_and_load(tmp_path) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.convert import convert_model
+from transmla.data import decoding
+from transmla.data.decoding import has_fixed_size
 from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
 from transmla.data.write import piece
@@ -49,12 +51,16 @@ def model_that_ends(family: str, **fields):
     return model, end
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3_text"])
-def test_greedy_equals_a_plain_loop(family: str) -> None:
+def test_greedy_equals_a_plain_loop(family: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SEGMENT", 5)  # several segments, between which rows leave
     fields = {"sliding_window": 8} if family.startswith("gemma") else {}
     model, end = model_that_ends(family, **fields)
+    kernel = model.config._attn_implementation
     wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in prompts()]
-    assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
+    assert ModelSampler(model, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
+    assert model.config._attn_implementation == kernel
     assert {sample.finished for sample in wanted} == {True, False}
     assert len({len(sample.tokens) for sample in wanted}) > 1
 
@@ -69,16 +75,27 @@ def test_padding_keeps_positions() -> None:
     assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
 
 
-def test_a_student_writes_too() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_student_writes_too(family: str, fixed: bool) -> None:
+    model = tiny_model(family)
     windows = torch.randint(1, VOCAB, (8, 32))
     student = convert_model(model, settings(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2), windows).student
     wanted = [plain(student, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
-    assert ModelSampler(student, Ends())(prompts(), GREEDY, 0) == wanted
+    assert ModelSampler(student, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
 
 
-def test_a_seed_means_a_text() -> None:
-    sampler = ModelSampler(tiny_model(), Ends())
+def test_windows_and_caps_decode_with_a_growing_cache() -> None:
+    for family, allowed in (("llama", True), ("gemma2", False)):
+        model = tiny_model(family)
+        cache = DynamicCache(config=model.config)
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
+        assert has_fixed_size(model, cache) == allowed
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_seed_means_a_text(fixed: bool) -> None:
+    sampler = ModelSampler(tiny_model(), Ends(), fixed=fixed)
     warm = Sampling(max_new_tokens=12, temperature=1.0, batch_size=4)
     assert sampler(prompts(), warm, 5) == sampler(prompts(), warm, 5)
     assert sampler(prompts(), warm, 5) != sampler(prompts(), warm, 6)

@@ -3,7 +3,8 @@
 transformers' own `generate` is not used: it takes temperature, top-k, top-p and penalties that a recipe does not name
 from the checkpoint's generation_config (Qwen's has top-k 20 and a repetition penalty), so that the text would not be of
 the model's own distribution; it carries finished rows along until the last one ends; and it draws from the global
-generator. A dynamic cache is good enough: rows that are done are taken out of it, which a static cache cannot do.
+generator. Here rows that are done leave, from a cache that grows, or on a GPU between two CUDA graphs
+(transmla.data.decoding).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from transmla.data.decoding import Decoder, has_fixed_size
 from transmla.recipe_write import Sampling
 
 LOOK = 8  # steps between two looks at which rows are done: looking waits for the device
@@ -62,17 +64,32 @@ def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Te
         return logits.argmax(-1)
     probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     if settings.top_p == 1:
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return _draw(probabilities, generator)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= settings.top_p] = 0.0
-    return tokens.gather(1, torch.multinomial(ordered, 1, generator=generator))[:, 0]
+    ordered.masked_fill_(ordered.cumsum(-1) - ordered >= settings.top_p, 0.0)
+    return tokens.gather(1, _draw(ordered, generator)[:, None])[:, 0]
+
+
+def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """One outcome a row by an exponential race, in place. weights: [B, V], of any sum.
+
+    As torch.multinomial does it, which besides looks at the weights and so waits for the device.
+    """
+    return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
 
 
 class ModelSampler:
-    """Samples of a transformers causal model, teacher or student."""
+    """Samples of a transformers causal model, teacher or student.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    fixed: decode on buffers of fixed size where the model allows it (transmla.data.decoding); pays on a GPU, where they are
+    replayed as graphs.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, fixed: bool | None = None
+    ) -> None:
         self.model = model
+        self.fixed = model.device.type == "cuda" if fixed is None else fixed
         self.ends = torch.tensor(sorted(end_tokens(model.generation_config, tokenizer)), device=model.device)
 
     @torch.no_grad()
@@ -87,33 +104,52 @@ class ModelSampler:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         places = torch.arange(longest, device=device)[None] - (longest - lengths)[:, None]
         mask, positions = (places >= 0).long(), places.clamp(min=0)
-        written = torch.full((len(prompts), settings.max_new_tokens), -1, device=device)
-        done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        rows = torch.arange(len(prompts), device=device)  # of `written`, that are still in the batch
         cache = DynamicCache(config=self.model.config)
-        for step in range(settings.max_new_tokens):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=mask if padded else None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            chosen = choose(logits, settings, generator)
-            written[rows, step] = chosen
-            done[rows] |= torch.isin(chosen, self.ends)
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if step % LOOK == LOOK - 1:
+        first = self._next(tokens, mask if padded else None, positions, cache, settings, generator)
+        if self.fixed and has_fixed_size(self.model, cache):
+            decoder = Decoder(
+                self.model, cache, mask, first, positions[:, -1] + 1, lambda logits: choose(logits, settings, generator),
+                self.ends, generator,
+            )
+            written = torch.cat([first[:, None], decoder.run(settings.max_new_tokens - 1)], dim=1)
+        else:
+            written = self._grown(first, mask, positions, cache, settings, generator, padded=padded)
+        ends = set(self.ends.tolist())
+        return [_cut(row, ends) for row in written.tolist()]
+
+    def _next(self, tokens, mask, positions, cache, settings, generator) -> Tensor:
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return choose(logits, settings, generator)
+
+    def _grown(self, chosen, mask, positions, cache, settings, generator, *, padded: bool) -> Tensor:
+        """[B, max_new_tokens] tokens, -1 after a row's last step, with a cache that grows."""
+        written = torch.full((len(chosen), settings.max_new_tokens), -1, device=chosen.device)
+        written[:, 0] = chosen
+        done = torch.isin(chosen, self.ends)
+        rows = torch.arange(len(chosen), device=chosen.device)  # of `written`, that are still in the batch
+        tokens, positions = chosen[:, None], positions[:, -1:]
+        for step in range(1, settings.max_new_tokens):
+            if step % LOOK == 0:
                 left = (~done[rows]).nonzero()[:, 0]
                 if not len(left):
                     break
                 if len(left) < len(rows):
                     rows, tokens, positions, mask = rows[left], tokens[left], positions[left], mask[left]
                     cache.batch_select_indices(left)
-        ends = set(self.ends.tolist())
-        return [_cut(row, ends) for row in written.tolist()]
+            positions = positions + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            chosen = self._next(tokens, mask if padded else None, positions, cache, settings, generator)
+            written[rows, step] = chosen
+            done[rows] |= torch.isin(chosen, self.ends)
+            tokens = chosen[:, None]
+        return written
 
 
 def _cut(row: list[int], ends: set[int]) -> Sample:

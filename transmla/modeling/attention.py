@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from transmla.modeling.backends import attend, eager_attention
+from transmla.modeling.backends import ONE_QUERY, attend, eager_attention, one_query
 from transmla.modeling.window import layer_window
 
 
@@ -129,6 +129,9 @@ class MLAAttention(nn.Module):
         q_rope, k_rope = rotate(q_rope, *position_embeddings), rotate(k_rope, *position_embeddings)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            if length == 1 and self._absorbs:
+                out = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+                return self.o_proj(out.reshape(batch, length, -1)), None
 
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, value = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
@@ -148,3 +151,27 @@ class MLAAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out.reshape(batch, length, -1)), weights
+
+    @property
+    def _absorbs(self) -> bool:
+        """Whether a single query may read the cached latent itself; kernels other than these have masks of their own."""
+        kernel = self.config._attn_implementation in ("sdpa", "eager", ONE_QUERY)
+        return kernel and not self.training and self.softcap is None and type(self.kv_b_proj) is nn.Linear
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of one query without expanding the cache: kv_b is absorbed into query and output (DeepSeek-V2, 2.1.2).
+
+            logits = (W_b^K^T q_nope) . c + q_rope . k_rope          out = W_b^V (sum of a c)
+
+        A bias of the keys adds one number to all logits of a query, which softmax does not see; one of the values is
+        added once, since attention's weights sum to one. q_nope, q_rope: [B, H, 1, .]; latent, k_rope: [B, 1, S, .].
+        Returns [B, H, 1, V].
+        """
+        widths = [self.qk_nope_head_dim, self.v_head_dim]
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(widths, dim=1)
+        query = torch.einsum("bhtn,hnr->bhtr", q_nope, up_key)
+        summed = one_query([(query, latent), (q_rope, k_rope)], latent, mask, self.scaling)
+        out = torch.einsum("bhtr,hvr->bhtv", summed, up_value)
+        if self.kv_b_proj.bias is not None:
+            out = out + self.kv_b_proj.bias.unflatten(0, (self.num_heads, -1))[:, None, self.qk_nope_head_dim :]
+        return out

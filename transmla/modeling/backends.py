@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # First choice first. cuDNN takes values narrower than keys as they are and was nine times as fast on Hopper as what
 # plain SDPA falls to (docs/experiments.md). FlashAttention-2 is left out: it wants equal widths.
 CUDA_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+ONE_QUERY = "transmla_one_query"  # name of `one_query` among transformers' attention functions
 
 CAPPING = ("eager", "flex_attention")  # kernels that can cap the logits (Gemma 2)
 
@@ -74,6 +76,50 @@ def attend(
         return sdpa(query, key, value, mask, scaling, dropout), None
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def one_query(
+    parts: Sequence[tuple[Tensor, Tensor]], value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention of one query a row, as in decoding: query heads of a group read keys and values as they are cached.
+
+    The fused kernels would have every group's keys and values repeated for its query heads first, which at one query costs
+    more than the attention itself. Logits are sums over parts, so that a latent and a rope key need not be joined.
+
+    Args:
+        parts: query [B, H, 1, E] and key [B, G, S, E], H divisible by G; their logits are added.
+        value: [B, G, S, V].
+        mask: boolean (True: attend) or additive, broadcastable to [B, 1, 1, S]; None: everything is seen.
+        scaling: factor on the logits.
+
+    Returns:
+        [B, H, 1, V].
+    """
+    batch, groups, length, _ = value.shape
+    logits = sum(_product(query.reshape(batch * groups, -1, query.shape[-1]), key.flatten(0, 1).mT) for query, key in parts)
+    logits = logits.view(batch, -1, 1, length) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+    weights = torch.softmax(logits, dim=-1).to(value.dtype).view(batch * groups, -1, length)
+    return torch.bmm(weights, value.flatten(0, 1)).view(batch, -1, 1, value.shape[-1])
+
+
+def _one_query_of_a_source(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: object
+) -> tuple[Tensor, None]:
+    """`one_query` as transformers calls attention functions; for models without a softcap or sinks."""
+    return one_query([(query, key)], value, mask, scaling).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ONE_QUERY, _one_query_of_a_source)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched product in float32 at least: logits rounded to bfloat16 would have two digits."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    product = torch.bmm(a, b)
+    return product.to(torch.promote_types(product.dtype, torch.float32))
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:

@@ -76,6 +76,7 @@ def _dense(
     divergence: Divergence,
     share: float,
     softcap: float | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """One chunk against the teacher's logits: sum and its derivative with respect to the uncapped logits.
 
@@ -83,16 +84,22 @@ def _dense(
 
     Args:
         student, teacher: uncapped logits [n, V]. labels: [n] or None. share: of the cross-entropy.
+        products: dtype of the derivative, which is only ever a factor of products.
     """
     logits = cap(student, softcap)
     expected = cap(teacher, softcap)
+    log_q = F.log_softmax(logits, -1) if temperature is None or labels is not None else None
     if temperature is None:
-        value, slope = value_and_slope(F.log_softmax(logits, -1), F.log_softmax(expected, -1), divergence)
-        return _mix(logits, value.sum(), slope, labels, share, softcap)
-    log_p = F.log_softmax(expected / temperature, -1)
-    value, slope = value_and_slope(F.log_softmax(logits / temperature, -1), log_p, divergence)
-    # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
-    return _mix(logits, value.sum() * temperature.square(), slope * temperature, labels, share, softcap)
+        value, slope = value_and_slope(log_q, F.log_softmax(expected, -1), divergence)
+        total = value.sum()
+    else:
+        log_p = F.log_softmax(expected / temperature, -1)
+        value, slope = value_and_slope(F.log_softmax(logits / temperature, -1), log_p, divergence)
+        # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
+        total, slope = value.sum() * temperature.square(), slope * temperature
+    if labels is not None:
+        total, slope = _mix(total, slope, log_q, labels, share)
+    return total, _uncap(slope, logits, softcap).to(products)
 
 
 def _kept(
@@ -103,29 +110,39 @@ def _kept(
     divergence: Divergence,
     share: float,
     softcap: float | None,
+    products: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """One chunk against the kept part of the teacher's distribution; otherwise as `_dense`."""
     logits = cap(student, softcap)
-    value, slope = value_and_slope_of_kept(F.log_softmax(logits, -1), ids, logp.to(logits.dtype), divergence)
-    return _mix(logits, value.sum(), slope, labels, share, softcap)
+    log_q = F.log_softmax(logits, -1)
+    value, slope = value_and_slope_of_kept(log_q, ids, logp.to(logits.dtype), divergence)
+    total = value.sum()
+    if labels is not None:
+        total, slope = _mix(total, slope, log_q, labels, share)
+    return total, _uncap(slope, logits, softcap).to(products)
 
 
-def _label(student: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _label(student: Tensor, labels: Tensor, softcap: float | None, products: torch.dtype) -> tuple[Tensor, Tensor]:
     """One chunk of plain cross-entropy."""
     logits = cap(student, softcap)
     log_q = F.log_softmax(logits, -1)
-    slope = log_q.exp()
-    slope.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=slope.dtype))
-    return -log_q.gather(1, labels[:, None]).sum(), _uncap(slope, logits, softcap)
+    slope = _less_at(log_q.exp(), labels, 1.0)
+    return -log_q.gather(1, labels[:, None]).sum(), _uncap(slope, logits, softcap).to(products)
 
 
-def _mix(
-    logits: Tensor, total: Tensor, slope: Tensor, labels: Tensor | None, share: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    if labels is not None:
-        other, falling = _label(logits, labels, None)
-        total, slope = (1.0 - share) * total + share * other, (1.0 - share) * slope + share * falling
-    return total, _uncap(slope, logits, softcap)
+def _mix(total: Tensor, slope: Tensor, log_q: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A divergence's sum and slope with a share of cross-entropy, from the softmax that is there already."""
+    other = -log_q.gather(1, labels[:, None]).sum()
+    slope = _less_at((1.0 - share) * slope + share * log_q.exp(), labels, share)
+    return (1.0 - share) * total + share * other, slope
+
+
+def _less_at(slope: Tensor, labels: Tensor, amount: float) -> Tensor:
+    """slope [n, V] less `amount` at every row's label [n]. Compiled, a comparison joins the pass that writes the slope, where a
+    scatter would be a pass of its own; on a CPU it is the other way round."""
+    if torch.compiler.is_compiling():
+        return slope - amount * (torch.arange(slope.shape[1], device=slope.device) == labels[:, None])
+    return slope.scatter_add_(1, labels[:, None], slope.new_full((len(slope), 1), -amount))
 
 
 def _uncap(slope: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
@@ -167,7 +184,7 @@ class _TokenLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
         plain = mixture.temperature == 1.0
         temperature = None if plain else torch.tensor(mixture.temperature, dtype=wide, device=student.device)
-        rest = (mixture.divergence, mixture.cross_entropy, softcap)
+        rest = (mixture.divergence, mixture.cross_entropy, softcap, products)
         chunk = chunk or max(1, ELEMENTS // words)
         together = min(len(student), max(1, SLOPES // words // chunk) * chunk)  # tokens of one product for the head
         slopes = student.new_empty(together, words, dtype=products if student.is_cuda else wide) if need_head else None
@@ -176,7 +193,7 @@ class _TokenLoss(torch.autograd.Function):
             logits = logits_float32(student[part], head)
             target = None if labels is None else labels[part]
             if teacher is None:
-                value, slope = _fast(_label, logits)(logits, target, softcap)
+                value, slope = _fast(_label, logits)(logits, target, softcap, products)
             elif isinstance(teacher, Kept):
                 value, slope = _fast(_kept, logits)(logits, teacher.ids[part], teacher.logp[part], target, *rest)
             else:
@@ -186,7 +203,7 @@ class _TokenLoss(torch.autograd.Function):
             del logits
             total += value
             if need_hidden:
-                grad_hidden[part] = (slope.to(products) @ head).to(student.dtype)
+                grad_hidden[part] = (slope @ head).to(student.dtype)
             if need_head:
                 done = start % together + len(slope)
                 slopes[done - len(slope) : done] = slope

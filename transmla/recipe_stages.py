@@ -64,16 +64,21 @@ class Layerwise(TrainerStage):
     stream: whose residual stream the student's attentions read: the teacher's own, or the student's, where every layer
         answers for what the ones below it have left wrong.
     hidden: weight of the error of the residual stream after the layer, beside that of the attention's output.
+    logits: weight of the divergence between the attention distributions, KL(teacher ‖ student) in nats, mean over heads
+        and a sample of the queries.
     """
 
     kind: Literal["layerwise"]
     train: Literal["attention", "lora"] = "attention"
     stream: Literal["teacher", "student"] = "teacher"
     hidden: Annotated[float, Field(ge=0.0)] = 0.0
+    logits: Annotated[float, Field(ge=0.0)] = 0.0
 
     @model_validator(mode="after")
     def _possible(self) -> Layerwise:
-        if self.trainer.get("gradient_checkpointing") and (self.stream == "student" or self.hidden):
+        if self.logits and self.compile:
+            raise ValueError("logits are read inside the attentions, where a compiled one cannot be looked into; use compile: false")
+        if self.trainer.get("gradient_checkpointing") and (self.stream == "student" or self.hidden or self.logits):
             raise ValueError("errors taken inside the layers cannot be recomputed; use trainer.gradient_checkpointing: false")
         if self.train == "lora" and self.lora.targets == "all" and not self.hidden:
             raise ValueError("lora.targets all: adapters of the MLPs learn from the stream after the layer alone; set hidden")

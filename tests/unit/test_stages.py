@@ -1,11 +1,16 @@
 """Kinds of stages: what they minimise, what they train, what is left of adapters."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.conftest import FULL, settings, tiny_model, windows
 from tests.unit.test_recover import documents, losses, make_trainer
+from transmla.convert.convert import convert_model
 from transmla.modeling.student import ATTENTION
+from transmla.recover import taps
 from transmla.recover.run import run_stage
 from transmla.recover.trainer import CountingCollator, kept_of
 from transmla.recover.transfer import attention_errors
@@ -152,7 +157,71 @@ def test_transfer_against_a_walk_by_hand(stream: str, hidden: float, tmp_path) -
     assert torch.autograd.grad(got[0], first)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("stage", [{"stream": "student"}, {"hidden": 0.5}, {"stream": "student", "hidden": 0.5}])
+@torch.no_grad()
+def attention_maps(trainer, tokens, mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Attention weights of teacher and student by layer, [B, H, T, T], both on the teacher's stream, by eager attention."""
+    teacher, student = copy.deepcopy(trainer.teacher), copy.deepcopy(trainer.student)
+    for model in (teacher, student):
+        model.set_attn_implementation("eager")
+    positions = torch.arange(tokens.shape[1])[None]
+    turns = [model.model.rotary_emb(torch.zeros(1), positions) for model in (teacher, student)]
+    hidden = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1) | (mask[:, None, None] == 0)
+    penalty = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    stream, found = teacher.model.embed_tokens(tokens), []
+    for one, other in zip(teacher.model.layers, student.model.layers, strict=True):
+        x = one.input_layernorm(stream)
+        maps = [
+            layer.self_attn(x, position_embeddings=turn, attention_mask=penalty)[1]
+            for layer, turn in zip((one, other), turns, strict=True)
+        ]
+        found.append(tuple(maps))
+        stream = stream + one.self_attn(x, position_embeddings=turns[0], attention_mask=penalty)[0]
+        stream = stream + one.mlp(one.post_attention_layernorm(stream))
+    return found
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.5])
+@pytest.mark.parametrize("queries", [4, 128])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_logits_against_attention_maps(padded: bool, queries: int, hidden: float, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(taps, "QUERIES", queries)
+    trainer = make_trainer("layerwise", tmp_path)
+    tokens = torch.randint(1, 97, (2, 19))
+    mask = torch.ones_like(tokens)
+    mask[1, 13:] = 1 - int(padded)
+    batch = {"input_ids": tokens} | ({"attention_mask": mask} if padded else {})
+    models = trainer.teacher, trainer.student, batch, trainer.scales
+    kernel = trainer.student.config._attn_implementation
+    plain = attention_errors(*models, hidden=hidden)
+    got = attention_errors(*models, hidden=hidden, logits=0.7) - plain
+    assert trainer.student.config._attn_implementation == trainer.teacher.config._attn_implementation == kernel
+    chosen = taps.chosen_queries(19, tokens.device)
+    assert len(chosen) == {4: 4, 128: 19}[queries] and chosen[-1] == 18
+    for index, (p, q) in enumerate(attention_maps(trainer, tokens, mask)):
+        p, q = p[:, :, chosen].double(), q[:, :, chosen].double()
+        kl = torch.where(p > 0, p * (p.log() - q.log()), 0.0).sum(-1).mean(1)[mask[:, chosen] == 1].mean()
+        assert got[index].item() == pytest.approx(0.7 * float(kl * mask.sum()), rel=1e-4)
+    query = trainer.student.model.layers[0].self_attn.q_proj.weight
+    assert torch.autograd.grad(got[0], query)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_an_exact_student_attends_as_its_teacher(family: str) -> None:
+    """Biases, windows and caps included; a student that is not exact does not."""
+    fields = {"sliding_window": 8} if family == "gemma2" else {}
+    teacher = tiny_model(family, groups=1, **fields)
+    tokens = torch.randint(1, 97, (2, 19))
+    for convert, low, high in ((FULL, -1e-6, 1e-6), (dict(qk_rope_head_dim=8, kv_lora_rank=16), 1e-2, 10.0)):
+        student = convert_model(teacher, settings(**convert, refit=False), torch.cat(windows())).student
+        with torch.no_grad():
+            batch = {"input_ids": tokens}
+            both = [attention_errors(teacher, student, batch, [1.0, 1.0], logits=weight) for weight in (0.0, 1.0)]
+        assert all(low <= value <= high for value in ((both[1] - both[0]) / tokens.numel()).tolist())
+
+
+@pytest.mark.parametrize(
+    "stage", [{"stream": "student"}, {"hidden": 0.5}, {"stream": "student", "hidden": 0.5, "logits": 0.1}, {"logits": 1.0}]
+)
 def test_transfer_learns_on_either_stream(stage, tmp_path) -> None:
     trainer = make_trainer("layerwise", tmp_path, stage=stage, steps=24, batch=4, learning_rate=3e-3)
     trainer.train()

@@ -16,7 +16,9 @@ CUDA_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 
 ONE_QUERY = "transmla_one_query"  # name of `one_query` among transformers' attention functions
 
-CAPPING = ("eager", "flex_attention")  # kernels that can cap the logits (Gemma 2)
+TAP = "transmla_tap"  # name of what looks at queries and keys on their way to another kernel (transmla.recover.taps)
+
+CAPPING = ("eager", "flex_attention", TAP)  # what can cap the logits (Gemma 2), or hands the cap on
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:

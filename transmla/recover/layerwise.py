@@ -18,7 +18,7 @@ class LayerwiseTrainer(RecoveryTrainer):
 
     Args:
         scales: E|output|² of every teacher attention, from calibration.
-        stream, hidden: as in `attention_errors`.
+        stream, hidden, logits: as in `attention_errors`.
     """
 
     def __init__(
@@ -30,15 +30,17 @@ class LayerwiseTrainer(RecoveryTrainer):
         scales: list[float],
         stream: str = "teacher",
         hidden: float = 0.0,
+        logits: float = 0.0,
         **kwargs: object,
     ) -> None:
         super().__init__(model, args, teacher=teacher, **kwargs)
-        self.scales, self.stream, self.hidden = scales, stream, hidden
+        self.scales, self.stream, self.hidden, self.logits = scales, stream, hidden, logits
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Mean over layers of the summed normalised error."""
         errors = attention_errors(
-            self.teacher, student, trunk_inputs(inputs), self.scales, stream=self.stream, hidden=self.hidden
+            self.teacher, student, trunk_inputs(inputs), self.scales,
+            stream=self.stream, hidden=self.hidden, logits=self.logits,
         )
         return Objective(total=errors.mean(), tokens=self.count_tokens(inputs))
 

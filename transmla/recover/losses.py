@@ -266,3 +266,15 @@ def token_loss(
 def normalised_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
     """Sum over tokens of |student - teacher|² / scale. student, teacher: [..., D]; scale: E|teacher|²."""
     return (student.float() - teacher.float()).square().sum() / scale
+
+
+def attention_divergence(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of attention distributions, mean over heads, in nats: [B, Q].
+
+    Args:
+        student, teacher: logits [B, H, Q, S], whatever their common constants: softmax does not see those.
+        seen: boolean, broadcastable to that, what a query attends to; at least one position for every query.
+    """
+    log_q, log_p = (logits.float().masked_fill(~seen, -torch.inf).log_softmax(-1) for logits in (student, teacher))
+    gap = torch.where(seen, log_p - log_q, 0.0)  # outside both are minus infinity
+    return (log_p.exp() * gap).sum(-1).mean(1)

@@ -97,7 +97,8 @@ def build_trainer(
         common["peft_config"] = lora_config(stage.lora, student)
     if stage.kind == "layerwise":
         trainer = LayerwiseTrainer(
-            student, config, teacher=teacher, scales=scales, stream=stage.stream, hidden=stage.hidden, **common
+            student, config, teacher=teacher, scales=scales,
+            stream=stage.stream, hidden=stage.hidden, logits=stage.logits, **common,
         )
     elif stage.kind == "distill":
         mixture = Mixture(Divergence(stage.divergence, stage.beta), stage.temperature, stage.cross_entropy)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transmla.recover.losses import normalised_error
+from transmla.recover.taps import Tap, logit_errors, tapped
 
 
 @contextmanager
@@ -32,11 +33,27 @@ def _after(modules: list[nn.Module], call: Callable) -> list:
 
 
 class _Errors:
-    """Sums, by layer, of normalised errors over the tokens that count."""
+    """Sums, by layer, of errors over the tokens that count.
 
-    def __init__(self, batch: dict[str, Tensor], scales: list[float]) -> None:
+    logits: weight of the attention's divergence; taps: by module, what the attentions compared, where that is not zero.
+    """
+
+    def __init__(
+        self, batch: dict[str, Tensor], scales: list[float], logits: float, taps: dict[nn.Module, Tap]
+    ) -> None:
         self.keep = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        self.tokens = batch["input_ids"].numel() if self.keep is None else self.keep.sum()
         self.scales, self.found = scales, [torch.zeros(())] * len(scales)
+        self.logits, self.taps = logits, taps
+
+    def add_logits(self, index: int, own: nn.Module, source: nn.Module) -> None:
+        """The attention's divergence, of its sample of queries, counted for all tokens."""
+        if not self.logits:
+            return
+        teacher = self.taps.pop(source)
+        found = logit_errors(self.taps.pop(own), teacher)
+        found = found.mean() if self.keep is None else found[self.keep[:, teacher.chosen]].mean()
+        self.found[index] = self.logits * self.tokens * found + self.found[index].to(found)
 
     def add(self, index: int, own: Tensor, expected: Tensor, weight: float = 1.0) -> None:
         if self.keep is not None:
@@ -56,6 +73,7 @@ def attention_errors(
     *,
     stream: str = "teacher",
     hidden: float = 0.0,
+    logits: float = 0.0,
 ) -> Tensor:
     """Normalised output error of every student attention, summed over tokens: [layers].
 
@@ -67,14 +85,17 @@ def attention_errors(
         scales: E|output|² of every teacher attention.
         stream: whose residual stream the student's attentions read, `teacher` or `student`.
         hidden: weight of the error of the stream after the layer, divided by the same scale.
+        logits: weight of the divergence of the student's attention distributions from the teacher's, in nats, mean over
+            heads and a sample of the queries.
     """
-    errors = _Errors(batch, scales)
-    if stream == "student":
-        _own_stream(teacher, student, batch, errors, hidden)
-    elif hidden:
-        _layers_on_the_teachers_stream(teacher, student, batch, errors, hidden)
-    else:
-        _attentions_on_the_teachers_stream(teacher, student, batch, errors)
+    with tapped(teacher, student) if logits else nullcontext({}) as taps:
+        errors = _Errors(batch, scales, logits, taps)
+        if stream == "student":
+            _own_stream(teacher, student, batch, errors, hidden)
+        elif hidden:
+            _layers_on_the_teachers_stream(teacher, student, batch, errors, hidden)
+        else:
+            _attentions_on_the_teachers_stream(teacher, student, batch, errors)
     return errors.stack()
 
 
@@ -97,6 +118,7 @@ def _attentions_on_the_teachers_stream(teacher, student, batch, errors: _Errors)
                 attention_mask=kwargs["attention_mask"],
             )
             errors.add(index, own, expected[0])
+            errors.add_logits(index, student.model.layers[index].self_attn, teacher.model.layers[index].self_attn)
 
     with _hooked(_after([layer.self_attn for layer in teacher.model.layers], transfer)), torch.no_grad():
         teacher.model(**batch, use_cache=False)
@@ -109,6 +131,7 @@ def _layers_on_the_teachers_stream(teacher, student, batch, errors: _Errors, hid
         with torch.set_grad_enabled(grad):
             own = student.model.layers[index](*args, **kwargs | {"position_embeddings": rotation(index)})
             errors.add(index, own, expected, hidden)
+            errors.add_logits(index, student.model.layers[index].self_attn, teacher.model.layers[index].self_attn)
 
     def compare(index: int, args: tuple, kwargs: dict, own: tuple) -> None:
         errors.add(index, own[0], outputs.pop(index))
@@ -130,6 +153,7 @@ def _own_stream(teacher, student, batch, errors: _Errors, hidden: float) -> None
 
     def compare(index: int, args: tuple, kwargs: dict, own: tuple) -> tuple | None:
         errors.add(index, own[0], attention.pop(index))
+        errors.add_logits(index, student.model.layers[index].self_attn, teacher.model.layers[index].self_attn)
         return None if hidden else (own[0].detach(), *own[1:])  # no graph through the trunk that nobody needs
 
     def compare_stream(index: int, args: tuple, kwargs: dict, own: Tensor) -> Tensor:

@@ -1,0 +1,86 @@
+"""Queries and keys of attentions, as a forward pass computes them, for a loss on attention's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from transmla.modeling.attention import MLAAttention
+from transmla.modeling.backends import TAP, attend, cap, eager_attention
+from transmla.recover.losses import attention_divergence
+
+QUERIES = 128  # of a row whose logits are compared; all of them would be a T×T matrix a head
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What one attention compared. query: [B, H, Q, d] at `chosen` [Q]; key: [B, G, T, d]; mask: as the kernel got it."""
+
+    query: Tensor
+    key: Tensor
+    chosen: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None
+
+    def logits(self) -> Tensor:
+        """[B, H, Q, T], before the mask."""
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        return cap((self.query @ key.mT).float() * self.scaling, self.softcap)
+
+    def seen(self) -> Tensor:
+        """Boolean, broadcastable to the logits."""
+        if self.mask is None:
+            return (self.chosen[:, None] >= torch.arange(self.key.shape[2], device=self.key.device))[None, None]
+        rows = self.mask[:, :, self.chosen]
+        return rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+
+
+def logit_errors(student: Tap, teacher: Tap) -> Tensor:
+    """Divergence of the student's attention from the teacher's at the chosen queries, [B, Q] in nats."""
+    return attention_divergence(student.logits(), teacher.logits(), teacher.seen())
+
+
+def chosen_queries(length: int, device: torch.device) -> Tensor:
+    """At most `QUERIES` positions, evenly spread, the last one among them."""
+    stride = -(-length // QUERIES)
+    return torch.arange(length - 1, -1, -stride, device=device).flip(0)
+
+
+@contextmanager
+def tapped(*models: PreTrainedModel) -> Iterator[dict[nn.Module, Tap]]:
+    """Meanwhile every attention of the models leaves its queries and keys here, and computes what it always does."""
+    taps: dict[nn.Module, Tap] = {}
+    before = [model.config._attn_implementation for model in models]
+    assert len(set(before)) == 1, "a student runs with its source's kernel"
+    kernel = before[0]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options):
+        chosen = chosen_queries(query.shape[2], query.device)
+        taps[module] = Tap(query[:, :, chosen], key, chosen, mask, options["scaling"], options.get("softcap"))
+        if isinstance(module, MLAAttention):
+            return attend(module, query, key, value, mask, implementation=kernel, eager=eager_attention, **options)
+        if kernel == "sdpa":
+            return sdpa_attention_forward(module, query, key, value, mask, **options)
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(repeat, dim=1) for states in (key, value))
+        return eager_attention(module, query, key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register(TAP, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(TAP, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    try:
+        for model in models:
+            model.config._attn_implementation = TAP
+        yield taps
+    finally:
+        for model in models:
+            model.config._attn_implementation = kernel
+        taps.clear()  # the registry keeps the function, and it would keep every key

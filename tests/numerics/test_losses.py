@@ -115,15 +115,14 @@ def test_kept_whole_is_the_whole(tensors, divergence) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_compiled_chunks(tensors, softcap, monkeypatch) -> None:
+def test_compiled_chunks(tensors, monkeypatch) -> None:
     """What a GPU runs: there the label is subtracted by a comparison within the fused pass."""
     student, head, teacher = tensors
     labels = torch.randint(0, 301, (50,))
     monkeypatch.setattr(losses, "_fast", lambda function, logits: losses._compiled(function))
-    for mixture in (Mixture(FORWARD), Mixture(FORWARD, cross_entropy=0.3), Mixture(FORWARD, 2.0, 0.3)):
+    for mixture, softcap in ((Mixture(FORWARD, cross_entropy=0.3), None), (Mixture(FORWARD, 2.0, 0.3), 3.0)):
         compare(student.clone(), head.clone(), teacher, labels=labels, mixture=mixture, softcap=softcap, chunk=8)
-    compare(student.clone(), head.clone(), None, labels=labels, softcap=softcap, chunk=8)
+    compare(student.clone(), head.clone(), None, labels=labels, chunk=8)
 
 
 def test_padded_vocabularies_are_cut(tensors) -> None:

@@ -8,7 +8,7 @@ import yaml
 from transmla.cli import main
 from transmla.compose import load_recipe, recipe_names, share
 from transmla.errors import RecipeError
-from transmla.plan import steps_of
+from transmla.plan import bytes_on_disk, count_parameters, steps_of
 from transmla.preflight import prepare
 
 
@@ -223,3 +223,20 @@ def test_facts_that_the_model_contradicts() -> None:
 def test_unknown_verb(capsys) -> None:
     assert main(["covert", "recipe=debug"]) == 2
     assert "convert" in capsys.readouterr().err
+
+
+def test_what_the_teacher_writes_and_says_counts_on_disk() -> None:
+    def bytes_of(*overrides: str) -> int:
+        recipe = load_recipe("debug", ["device=cpu", *overrides])
+        prepared = prepare(recipe)
+        sizes = count_parameters(prepared.config, prepared.geometry)
+        return bytes_on_disk(recipe, sizes, prepared.config, prepared.dtype)
+
+    plain = bytes_of()
+    text = "{name: own, kind: text, tokens: 1000000, max_new_tokens: 64}"
+    traces = "{name: sums, kind: traces, problems: {generator: chain_sum, size: 100}, samples: 4, max_new_tokens: 50, temperature: 0.7}"
+    assert bytes_of(f"write=[{text}]") - plain == 17_000_000
+    assert bytes_of(f"write=[{traces}]") - plain == 17 * 100 * 4 * 50
+    assert bytes_of(f"write=[{traces[:-1]}, limit: 10}}]") - plain == 17 * 10 * 4 * 50
+    recorded = bytes_of("recover.1.teacher=recorded", "recover.1.tokens=100000", "+recover.1.record.top_k=64")
+    assert recorded - bytes_of("recover.1.tokens=100000") == 100_000 * 64 * 3

@@ -85,6 +85,16 @@ def test_a_student_writes_too(family: str, fixed: bool) -> None:
     assert ModelSampler(student, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_exported_checkpoint_writes_too(fixed: bool) -> None:
+    """transformers' own DeepSeek class, whose cache is the latent and whose attention has more key width than value width."""
+    ranks = dict(q_lora_rank=None, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
+    experts = dict(n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1, n_shared_experts=1)
+    model = tiny_model("deepseek_v3", groups=4, first_k_dense_replace=2, initializer_range=0.3, head_dim=8, **ranks, **experts)
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
+    assert ModelSampler(model, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
+
+
 def test_windows_and_caps_decode_with_a_growing_cache() -> None:
     for family, allowed in (("llama", True), ("gemma2", False)):
         model = tiny_model(family)

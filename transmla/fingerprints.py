@@ -29,6 +29,8 @@ COSMETIC = (
     "dataloader_num_workers",
     "dataloader_pin_memory",
 )
+# Keys of a stage that came later, with what they are where nobody names them: stages made before are still good.
+LATER = (("logits", 0.0), ("relative_learning_rate", False))
 
 # Keys of a trainer that decide which tokens make which row.
 PREPARATION = (
@@ -139,6 +141,7 @@ class Fingerprints:
         settings = stage.model_dump(mode="json")
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
+        settings = {key: value for key, value in settings.items() if (key, value) not in LATER}
         if stage.kind == "distill":
             settings["record"].pop("folder")
             if isinstance(stage.teacher, ModelSource):

@@ -13,7 +13,7 @@ from transmla.families import family_of
 from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, adapted_layers, student_config
 from transmla.recipe import Convert, Recipe
-from transmla.recipe_stages import AnyStage, OnPolicy
+from transmla.recipe_stages import QUERIES, AnyStage, OnPolicy
 
 if TYPE_CHECKING:
     from transmla.preflight import Prepared
@@ -90,6 +90,8 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else 34
     per_layer = config.hidden_size * saved
     activations = tokens * config.num_hidden_layers * per_layer * width
+    if stage.kind == "layerwise" and stage.logits:  # logits and two distributions of a sample of queries, until the backward pass
+        activations += 10 * config.num_hidden_layers * config.num_attention_heads * tokens * QUERIES
     logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind in ("distill", "sft") else 0
     if stage.kind == "on_policy":  # a tile of logits of each model, and the gradients of the head's input
         logits = 3 * min(tokens, 4096) * min(config.vocab_size, 32768) * 4

@@ -42,10 +42,13 @@ class TrainerStage(Stage):
     """What the stages of this project's own trainers have besides.
 
     compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
+    relative_learning_rate: the learning rate is a share of every weight's size, its root mean square when the stage begins, so
+        that one rate fits models of large and of small weights: AdamW moves a weight by about its learning rate a step.
     """
 
     train: Literal["attention", "all", "lora"]
     compile: bool = False
+    relative_learning_rate: bool = False
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -55,7 +58,12 @@ class TrainerStage(Stage):
             raise ValueError("lora is for train: lora; leave one of them out, or set train")
         if "trunk_learning_rate" in self.model_fields_set and self.train != "all":
             raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
+        if self.relative_learning_rate and self.train == "lora":
+            raise ValueError("relative_learning_rate is for weights; adapters begin at zero and have no size")
         return self
+
+
+QUERIES = 128  # of a row whose attention `logits` compares; all of them would be a T×T matrix a head
 
 
 class Layerwise(TrainerStage):

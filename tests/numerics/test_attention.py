@@ -115,6 +115,60 @@ def test_one_query_against_the_definition(mask_of: torch.dtype | None) -> None:
         assert (one_query(parts, value, mask, 0.3).transpose(1, 2) - wanted).abs().max() < 1e-6
 
 
+def test_one_query_that_sees_nothing_is_a_number() -> None:
+    """As the fused kernels: a padding token's query, fed alone, must not poison the cache."""
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
+    seen = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
+    seen[1] = True
+    out = one_query([(query, key)], value, seen, 0.3)
+    assert out.isfinite().all()
+    assert torch.equal(out[1:], one_query([(query[1:], key[1:])], value[1:], None, 0.3))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_one_token_at_a_time_with_padding(family: str) -> None:
+    """Prefill by single tokens, padded on the left: every visible token as in one pass."""
+    source = tiny_model(family)
+    model = convert_model(source, settings(qk_rope_head_dim=8, kv_lora_rank=24), torch.cat(windows())).student
+    rows = torch.randint(1, VOCAB, (3, 9))
+    mask = torch.ones_like(rows)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, steps = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        whole = model(input_ids=rows, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for place in range(9):
+            at = slice(place, place + 1)
+            steps.append(
+                model(
+                    input_ids=rows[:, at], attention_mask=mask[:, : place + 1], position_ids=positions[:, at],
+                    past_key_values=cache,
+                ).logits
+            )
+    assert ((torch.cat(steps, dim=1) - whole).abs().amax(-1) * mask).max() < 1e-5
+
+
+def test_one_query_in_bfloat16_rounds_no_logits() -> None:
+    query, key = 6 * torch.randn(4, 6, 1, 32), torch.randn(4, 2, 40, 32)
+    value = torch.randn(4, 2, 40, 16)
+    query, key, value = (states.bfloat16() for states in (query, key, value))
+    repeated = [states.double().repeat_interleave(3, dim=1) for states in (key, value)]
+    wanted = eager_attention(torch.nn.Module().eval(), query.double(), *repeated, None, 1.0)[0].transpose(1, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = one_query([(query, key)], value, None, 1.0)
+    assert (got.double() - wanted).norm() / wanted.norm() < 4e-3  # rounded logits give 2e-2
+
+
+def test_a_weight_that_accelerate_keeps_elsewhere_is_called_for() -> None:
+    from accelerate import cpu_offload
+
+    model = student()
+    row = torch.randint(1, VOCAB, (2, 9))
+    options = dict(attention_mask=torch.ones_like(row), max_new_tokens=4, do_sample=False)
+    wanted = model.generate(row, **options)
+    assert torch.equal(cpu_offload(model, execution_device=torch.device("cpu")).generate(row, **options), wanted)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_absorbed_equals_expanded(family: str) -> None:
     """One more token after a cached prompt, padded on the left: float64, biases included, nothing expanded."""

@@ -96,8 +96,15 @@ def test_an_exported_checkpoint_writes_too(fixed: bool) -> None:
 
 
 def test_windows_and_caps_decode_with_a_growing_cache() -> None:
-    for family, allowed in (("llama", True), ("gemma2", False)):
-        model = tiny_model(family)
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None}
+    for family, fields, allowed in (
+        ("llama", {}, True),
+        ("qwen2", {}, True),
+        ("gemma2", {"sliding_window": 8}, False),
+        ("gemma3_text", {"sliding_window": 8}, False),
+        ("mixtral", experts, False),
+    ):
+        model = tiny_model(family, **fields)
         cache = DynamicCache(config=model.config)
         model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache, use_cache=True)
         assert has_fixed_size(model, cache) == allowed

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import TrainerCallback
 
 from tests.conftest import FULL, settings, tiny_model, windows
 from tests.unit.test_recover import documents, losses, make_trainer
@@ -93,22 +94,27 @@ def test_adapters_learn_and_are_merged(kind: str, tmp_path) -> None:
     assert sum(history[-4:]) < sum(history[:4])
 
 
-def test_adapters_resume_bitwise(tmp_path) -> None:
-    from transformers import TrainerCallback
+class Killed(BaseException):
+    """What an interrupted run dies of."""
 
-    class Killed(BaseException):
-        pass
 
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                raise Killed
+class KillAtThree(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Killed
 
-    options = dict(stage={"train": "lora"}, steps=4, save_steps=2)
+
+RELATIVE = {"train": "all", "trunk_learning_rate": 0.5, "relative_learning_rate": True}
+
+
+@pytest.mark.parametrize(("stage", "rate"), [({"train": "lora"}, 1e-3), (RELATIVE, 0.7)])  # two steps of 0.7 change every size
+def test_parameters_of_their_own_resume_bitwise(stage: dict, rate: float, tmp_path) -> None:
+    """Adapters; and rates by the sizes that weights had at the stage's start, not in the checkpoint."""
+    options = dict(stage=stage, steps=4, save_steps=2, learning_rate=rate)
     straight = make_trainer("distill", tmp_path / "straight", **options)
     run_stage(straight, torch.float32)
     stopped = make_trainer("distill", tmp_path / "stopped", **options)
-    stopped.add_callback(Kill())
+    stopped.add_callback(KillAtThree())
     with pytest.raises(Killed):
         stopped.train()
     resumed = make_trainer("distill", tmp_path / "stopped", **options)
@@ -243,6 +249,27 @@ def test_trunk_learns_at_a_rate_of_its_own(tmp_path) -> None:
         share = 1.0 if ATTENTION in name else 0.25
         assert whole.abs().max() > 0
         torch.testing.assert_close(changes[1][name], share * whole, rtol=1e-3, atol=1e-6)
+
+
+def test_rates_relative_to_the_weights(tmp_path) -> None:
+    """One plain SGD step: every matrix changes by its own size times what it changes otherwise; vectors by the median."""
+    from tests.unit.test_recover import PLAIN
+
+    changes = []
+    for relative in (False, True):
+        stage = {"relative_learning_rate": relative, "train": "all", "trunk_learning_rate": 0.5}
+        trainer = make_trainer("distill", tmp_path / str(relative), steps=1, stage=stage, **PLAIN)
+        before = {name: value.detach().clone() for name, value in trainer.student.named_parameters()}
+        trainer.train()
+        changes.append({name: value.detach() - before[name] for name, value in trainer.student.named_parameters()})
+    sizes = {name: float(value.square().mean().sqrt()) for name, value in before.items() if value.ndim == 2}
+    for name, plain in changes[0].items():
+        assert plain.abs().max() > 0
+        ratio = float((changes[1][name] * plain).sum() / plain.square().sum())
+        wanted = sizes.get(name, sorted(sizes.values())[(len(sizes) - 1) // 2])
+        assert ratio == pytest.approx(wanted, rel=0.2)  # rounded to steps of 1.41
+        torch.testing.assert_close(changes[1][name], ratio * plain, rtol=1e-3, atol=1e-7)
+    assert max(sizes.values()) > 1.5 * min(sizes.values())
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "distill"])

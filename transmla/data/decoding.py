@@ -1,7 +1,7 @@
 """Steps of one token a row on buffers of fixed size, which a CUDA graph replays.
 
-A step of a small model is a thousand short kernels, and launching them one by one takes longer than running them (85 ms a
-step for 30 layers at any batch, docs/experiments.md). A graph launches all of them at once, but replays the same sizes
+A step of a small model is a thousand short kernels, and launching them one by one takes longer than running them (some 100 ms
+a step for 30 layers, docs/recovery.md). A graph launches all of them at once, but replays the same sizes
 at the same addresses: hence buffers, in segments. Between two segments rows that are done leave and buffers grow.
 """
 
@@ -17,14 +17,19 @@ from transformers.cache_utils import DynamicLayer
 
 from transmla.modeling.backends import ONE_QUERY
 
-SEGMENT = 128  # steps of one graph; capturing one costs some ten steps, and every step reads the whole buffer
+# Steps of one graph; capturing one costs some ten steps, and every step reads the whole buffer. Like the batch it is part of
+# what a seed means: rows that leave change which random numbers the others get.
+SEGMENT = 128
 
 
 def has_fixed_size(model: PreTrainedModel, cache: Cache) -> bool:
-    """Whether the model may decode so: layers that see everything, and attention that transformers lets us choose."""
+    """Whether the model may decode so: layers that see everything, attention that transformers lets us choose, one device,
+    and no experts, whose tokens are counted on the CPU."""
     plain = all(type(layer) is DynamicLayer for layer in cache.layers)
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
-    return plain and not capped and model._supports_attention_backend
+    experts = any(name.endswith("experts") for name, _ in model.named_modules())
+    split = len({parameter.device for parameter in model.parameters()}) > 1
+    return plain and not capped and not experts and not split and model._supports_attention_backend
 
 
 class Buffers(Cache):
@@ -119,6 +124,10 @@ class Decoder:
             for _ in range(count):
                 self._step()
             return self.chunk
+        with torch.cuda.device(self.tokens.device):
+            return self._replayed(count)
+
+    def _replayed(self, count: int) -> Tensor:
         stream = torch.cuda.Stream()  # the first step prepares, on a stream of its own, what a capture must not
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

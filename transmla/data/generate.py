@@ -22,7 +22,7 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig, PreTrainedM
 from transmla.data.decoding import Decoder, has_fixed_size
 from transmla.recipe_write import Sampling
 
-LOOK = 8  # steps between two looks at which rows are done: looking waits for the device
+LOOK = 8  # steps between two looks at which rows are done: looking waits for the device. Part of what a seed means
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,11 @@ class MLAAttention(nn.Module):
 
     @property
     def _absorbs(self) -> bool:
-        """Whether a single query may read the cached latent itself; kernels other than these have masks of their own."""
+        """Whether a single query may read the cached latent itself: kernels other than these have masks of their own, and a
+        kv_b_proj that adapters wrap, or whose weight accelerate keeps elsewhere, has to be called."""
         kernel = self.config._attn_implementation in ("sdpa", "eager", ONE_QUERY)
-        return kernel and not self.training and self.softcap is None and type(self.kv_b_proj) is nn.Linear
+        plain = type(self.kv_b_proj) is nn.Linear and "_hf_hook" not in vars(self.kv_b_proj)
+        return kernel and plain and not self.training and self.softcap is None
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of one query without expanding the cache: kv_b is absorbed into query and output (DeepSeek-V2, 2.1.2).

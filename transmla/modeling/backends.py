@@ -71,7 +71,7 @@ def attend(
     if softcap is not None:
         if implementation not in CAPPING:
             raise ValueError(
-                f"attn_implementation {implementation!r} does not cap attention logits at MLA's shape; use one of {CAPPING}"
+                f"attn_implementation {implementation!r} does not cap attention logits at MLA's shape; use one of {CAPPING[:2]}"
             )
         kwargs["softcap"] = softcap
     if implementation == "sdpa":
@@ -101,16 +101,31 @@ def one_query(
     logits = sum(_product(query.reshape(batch * groups, -1, query.shape[-1]), key.flatten(0, 1).mT) for query, key in parts)
     logits = logits.view(batch, -1, 1, length) * scaling
     if mask is not None:
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        lowest = torch.finfo(logits.dtype).min  # a query that may see nothing (padding) must not become NaN
+        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     weights = torch.softmax(logits, dim=-1).to(value.dtype).view(batch * groups, -1, length)
     return torch.bmm(weights, value.flatten(0, 1)).view(batch, -1, 1, value.shape[-1])
 
 
 def _one_query_of_a_source(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: object
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """`one_query` as transformers calls attention functions; for models without a softcap or sinks."""
-    return one_query([(query, key)], value, mask, scaling).transpose(1, 2), None
+    """`one_query` as transformers calls attention functions.
+
+    Raises:
+        ValueError: the model caps its logits, or has attention sinks, which `one_query` knows nothing of.
+    """
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} caps its attention or has sinks; decode with a cache that grows")
+    return one_query([(query, key)], value, attention_mask, scaling).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ONE_QUERY, _one_query_of_a_source)
@@ -118,10 +133,12 @@ ALL_ATTENTION_FUNCTIONS.register(ONE_QUERY, _one_query_of_a_source)
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched product in float32 at least: logits rounded to bfloat16 would have two digits."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    product = torch.bmm(a, b)
-    return product.to(torch.promote_types(product.dtype, torch.float32))
+    with torch.autocast(a.device.type, enabled=False):
+        half = a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16)
+        if a.is_cuda and half and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+            return torch.bmm(a, b, out_dtype=torch.float32)  # it has no gradient
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return torch.bmm(a.to(wide), b.to(wide))
 
 
 def cap(logits: Tensor, softcap: float | None) -> Tensor:

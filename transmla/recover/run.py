@@ -24,7 +24,7 @@ from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
-from transmla.recover.trainer import RecoveryTrainer
+from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
 # Packed rows keep documents apart in attention; long documents are split, not cut off. Packed rows of one micro-batch are one
 # long row to the attention mask.
@@ -109,6 +109,8 @@ def build_trainer(
         trainer = SFTStageTrainer(student, config, teacher=None, **common)
     if stage.kind in ("distill", "sft"):
         trainer.trunk_learning_rate = stage.trunk_learning_rate
+    if stage.relative_learning_rate:
+        trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
     trainer.add_callback(_Progress(trainer))

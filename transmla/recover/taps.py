@@ -15,9 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.attention import MLAAttention
 from transmla.modeling.backends import TAP, attend, cap, eager_attention
+from transmla.recipe_stages import QUERIES
 from transmla.recover.losses import attention_divergence
-
-QUERIES = 128  # of a row whose logits are compared; all of them would be a T×T matrix a head
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Tap:
     def logits(self) -> Tensor:
         """[B, H, Q, T], before the mask."""
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        return cap((self.query @ key.mT).float() * self.scaling, self.softcap)
+        with torch.autocast(key.device.type, enabled=False):  # the kernels' own logits are float32
+            return cap(self.query.float() @ key.float().mT * self.scaling, self.softcap)
 
     def seen(self) -> Tensor:
         """Boolean, broadcastable to the logits."""

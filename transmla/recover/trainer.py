@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import statistics
 import time
 import types
 from collections.abc import Callable
@@ -48,21 +50,26 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
         self.peft_config = kwargs.get("peft_config")
         self.data_collator = CountingCollator(self.data_collator)
         self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
+        self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
         install_objective(model, self.objective)
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
-        """transformers' optimizer, its groups split where the trunk learns at a rate of its own."""
+        """transformers' optimizer, its groups split where weights have rates of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.trunk_learning_rate != 1.0:
-            attention = {id(value) for name, value in self.student.named_parameters() if ATTENTION in name}
-            groups = []
-            for group in optimizer.param_groups:
-                own = [value for value in group["params"] if id(value) in attention]
-                rest = [value for value in group["params"] if id(value) not in attention]
-                rate = group["lr"] * self.trunk_learning_rate
-                groups += [group | {"params": own}, group | {"params": rest, "lr": rate}]
-            optimizer.param_groups = [group for group in groups if group["params"]]
+        names = {id(value): name for name, value in self.student.named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            by_rate: dict[float, list[nn.Parameter]] = {}
+            for value in group["params"]:
+                by_rate.setdefault(self._rate(names.get(id(value), "")), []).append(value)
+            groups += [group | {"params": own, "lr": group["lr"] * rate} for rate, own in by_rate.items()]
+        optimizer.param_groups = groups
         return optimizer
+
+    def _rate(self, name: str) -> float:
+        """Of a weight, as a share of the learning rate."""
+        share = 1.0 if ATTENTION in name else self.trunk_learning_rate
+        return share * (1.0 if self.sizes is None else self.sizes[name])
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """The loss of one micro-batch: `inputs` as trl's collator made them."""
@@ -108,6 +115,22 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
                 logs["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
             self._clock = (now, self._total_train_tokens)
         super().log(logs, start_time)
+
+
+@torch.no_grad()
+def weight_sizes(model: nn.Module) -> dict[str, float]:
+    """Root mean square of every matrix by name, rounded to powers of the square root of 2, so that an optimizer has few groups.
+
+    Vectors (norms, biases) get the matrices' median: a norm's weight may be a hundred times a matrix's entries, and what it does
+    to the activations is done by all of them together.
+    """
+    found = {
+        name: 2.0 ** (round(2 * math.log2(max(float(value.float().square().mean().sqrt()), 1e-12))) / 2)
+        for name, value in model.named_parameters()
+        if value.ndim >= 2
+    }
+    middle = statistics.median_low(found.values())
+    return {name: found.get(name, middle) for name, _ in model.named_parameters()}
 
 
 class CountingCollator:

@@ -47,12 +47,14 @@ class _Errors:
         self.logits, self.taps = logits, taps
 
     def add_logits(self, index: int, own: nn.Module, source: nn.Module) -> None:
-        """The attention's divergence, of its sample of queries, counted for all tokens."""
+        """The attention's divergence, of its sample of queries, counted for all tokens. Of rows that are padded differently the
+        sample is another share, so that here alone it matters a little which rows are a micro-batch."""
         if not self.logits:
             return
         teacher = self.taps.pop(source)
         found = logit_errors(self.taps.pop(own), teacher)
-        found = found.mean() if self.keep is None else found[self.keep[:, teacher.chosen]].mean()
+        kept = torch.ones_like(found) if self.keep is None else self.keep[:, teacher.chosen].to(found)
+        found = (found * kept).sum() / kept.sum().clamp(min=1.0)
         self.found[index] = self.logits * self.tokens * found + self.found[index].to(found)
 
     def add(self, index: int, own: Tensor, expected: Tensor, weight: float = 1.0) -> None:

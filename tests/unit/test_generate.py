@@ -75,6 +75,23 @@ def test_padding_keeps_positions() -> None:
     assert ModelSampler(model, Ends())(prompts(), GREEDY, 0) == wanted
 
 
+def test_rows_that_are_done_leave_between_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "SEGMENT", 5)
+    model, end = model_that_ends("llama")
+    texts = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}).tokens for prompt in prompts()]
+    sizes, segment = [], decoding.Decoder._segment
+
+    def counted(self, count: int) -> torch.Tensor:
+        sizes.append(len(self.tokens))
+        return segment(self, count)
+
+    monkeypatch.setattr(decoding.Decoder, "_segment", counted)
+    ModelSampler(model, Ends(), fixed=True)(prompts(), GREEDY, 0)
+    # Token number n + 1, counted from 0, is the end; the first comes with the prompt, then five to a segment.
+    wanted = [sum(len(text) > start for text in texts) for start in range(0, GREEDY.max_new_tokens - 1, 5)]
+    assert sizes == [size for size in wanted if size] and sizes[0] > sizes[-1]
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_student_writes_too(family: str, fixed: bool) -> None:

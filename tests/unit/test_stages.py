@@ -12,6 +12,7 @@ from tests.unit.test_recover import documents, losses, make_trainer
 from transmla.convert.convert import convert_model
 from transmla.modeling.student import ATTENTION
 from transmla.recover import taps
+from transmla.recover.losses import attention_divergence
 from transmla.recover.run import run_stage
 from transmla.recover.trainer import CountingCollator, kept_of
 from transmla.recover.transfer import attention_errors
@@ -209,6 +210,23 @@ def test_attention_logits_against_attention_maps(padded: bool, queries: int, hid
         assert got[index].item() == pytest.approx(0.7 * float(kl * mask.sum()), rel=1e-4)
     query = trainer.student.model.layers[0].self_attn.q_proj.weight
     assert torch.autograd.grad(got[0], query)[0].abs().max() > 0
+
+
+def test_attention_logits_of_padding_on_the_left_are_numbers(tmp_path) -> None:
+    """A padding token's query sees nothing; neither the loss nor a gradient may become NaN of it."""
+    trainer = make_trainer("layerwise", tmp_path)
+    tokens = torch.randint(1, 97, (2, 19))
+    mask = torch.ones_like(tokens)
+    mask[1, :6] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+    errors = attention_errors(trainer.teacher, trainer.student, batch, trainer.scales, logits=1.0)
+    errors.sum().backward()
+    assert errors.isfinite().all()
+    for name, value in trainer.student.named_parameters():
+        assert value.grad is None or value.grad.isfinite().all(), name
+    logits = torch.randn(1, 2, 3, 4)
+    assert torch.equal(attention_divergence(logits, -logits, torch.zeros(1, 1, 3, 4, dtype=torch.bool)), torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])

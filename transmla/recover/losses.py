@@ -273,8 +273,9 @@ def attention_divergence(student: Tensor, teacher: Tensor, seen: Tensor) -> Tens
 
     Args:
         student, teacher: logits [B, H, Q, S], whatever their common constants: softmax does not see those.
-        seen: boolean, broadcastable to that, what a query attends to; at least one position for every query.
+        seen: boolean, broadcastable to that, what a query attends to. One that sees nothing, as padding may, has divergence 0.
     """
-    log_q, log_p = (logits.float().masked_fill(~seen, -torch.inf).log_softmax(-1) for logits in (student, teacher))
-    gap = torch.where(seen, log_p - log_q, 0.0)  # outside both are minus infinity
+    lowest = torch.finfo(torch.float32).min  # minus infinity would make NaN of a query that sees nothing, and of its gradient
+    log_q, log_p = (logits.float().masked_fill(~seen, lowest).log_softmax(-1) for logits in (student, teacher))
+    gap = torch.where(seen, log_p - log_q, 0.0)
     return (log_p.exp() * gap).sum(-1).mean(1)

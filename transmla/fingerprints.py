@@ -31,6 +31,7 @@ COSMETIC = (
 )
 # Keys of a stage that came later, with what they are where nobody names them: stages made before are still good.
 LATER = (("logits", 0.0), ("relative_learning_rate", False))
+COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it
 
 # Keys of a trainer that decide which tokens make which row.
 PREPARATION = (
@@ -141,7 +142,7 @@ class Fingerprints:
         settings = stage.model_dump(mode="json")
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
-        settings = {key: value for key, value in settings.items() if (key, value) not in LATER}
+        settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}
         if stage.kind == "distill":
             settings["record"].pop("folder")
             if isinstance(stage.teacher, ModelSource):

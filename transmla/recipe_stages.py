@@ -116,6 +116,8 @@ class Distill(TrainerStage):
     trunk_learning_rate: of the weights outside the attentions, as a share of the learning rate; with `train: all`.
     teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may be
         padded otherwise.
+    keep_teacher: the teacher's final hidden states stay on the device, so that it reads every row once, however often the
+        student does; with `packing_strategy: wrapped`, whose rows are of one length.
     """
 
     kind: Literal["distill"]
@@ -127,6 +129,7 @@ class Distill(TrainerStage):
     cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     trunk_learning_rate: PositiveFloat = 1.0
     teacher: Literal["source", "recorded"] | ModelSource = "source"
+    keep_teacher: bool = False
     record: Record = Record()
 
     @model_validator(mode="after")
@@ -135,6 +138,10 @@ class Distill(TrainerStage):
             raise ValueError("beta is for divergence: jsd")
         if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
             raise ValueError("a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1")
+        if self.keep_teacher and self.teacher == "recorded":
+            raise ValueError("a recorded teacher is on disk already; leave keep_teacher out")
+        if self.keep_teacher and self.trainer.get("packing_strategy") != "wrapped":
+            raise ValueError("keep_teacher needs rows of one length; use trainer.packing_strategy: wrapped")
         return self
 
 

@@ -99,7 +99,7 @@ class Recordings(Maker):
     def _read_recording(self, index: int, trainer: DistillTrainer) -> None:
         """Make a stage's trainer ask what was recorded, once that is seen to be of the trainer's own rows."""
         from transmla.recover.losses import Kept
-        from transmla.recover.record import ROW, carry_rows
+        from transmla.recover.rows import ROW, carry_rows
         from transmla.recover.topk import RecordedTeacher
 
         recorded = RecordedTeacher(self.recording_folder(index), f"recover.{index}.record")
@@ -107,7 +107,7 @@ class Recordings(Maker):
         carry_rows(trainer)
 
         def kept(batch: dict[str, Any]) -> Kept:
-            ids, logp = recorded.rows(batch[ROW].tolist())
+            ids, logp = recorded.rows(batch[ROW])
             return Kept(ids.to(trainer.args.device), logp.to(trainer.args.device))
 
         trainer.recorded = kept

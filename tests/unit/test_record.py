@@ -13,7 +13,8 @@ from transmla.cli import main
 from transmla.errors import RecipeError
 from transmla.recipe_stages import Distill
 from transmla.recover import record
-from transmla.recover.record import attach_rows, carry_rows, packed_trainer, record_teacher, training_batches
+from transmla.recover.record import packed_trainer, record_teacher, training_batches
+from transmla.recover.rows import attach_rows, carry_rows
 from transmla.recover.run import build_trainer, trainer_config
 from transmla.recover.topk import RecordedTeacher, decode, encode, read_index
 
@@ -84,9 +85,9 @@ def test_packed_rows_are_the_trainers_own(tmp_path, words) -> None:
     seen = []
     carry_rows(real)
     original = real.training_step
-    real.training_step = lambda model, inputs, *rest: (seen.append(inputs["row"].tolist()), original(model, inputs, *rest))[1]
+    real.training_step = lambda model, inputs, *rest: (seen.append(inputs["row"]), original(model, inputs, *rest))[1]
     real.train()
-    assert seen == [batch["row"].tolist() for batch in training_batches(other, 16)]
+    assert seen == [batch["row"] for batch in training_batches(other, 16)]
     assert len(seen) == 8 and sum(seen, []) != sorted(sum(seen, []))
 
 
@@ -104,7 +105,7 @@ def test_what_is_read_is_what_the_teacher_says(trainer: dict, tmp_path, words) -
     batches = list(real.get_train_dataloader())
     examples = [real.train_dataset[row] for row in (5, 1, 9)]
     for batch in [*batches, real.data_collator(examples)]:
-        ids, logp = recorded.rows(batch["row"].tolist())
+        ids, logp = recorded.rows(batch["row"])
         mask = batch["labels"][:, 1:] != -100
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
         with torch.no_grad():

@@ -139,11 +139,15 @@ class Starts:
         size = self.entry.batch_size
         if self.data is None:
             return [list(self.start) for _ in range(size)]
-        rows = self.data.select([self.order[(batch * size + place) % len(self.order)] for place in range(size)])
-        if "text" in rows.column_names:  # books are long: their first words alone would be few
+        wanted = [self.order[(batch * size + place) % len(self.order)] for place in range(size)]
+        if "text" in self.data.column_names:  # books are long: their first words alone would be few
             generator = torch.Generator().manual_seed(batch_seed(self.seed, "prefixes", batch))
-            pieces = [piece(text, CHARACTERS * self.entry.prefix_tokens, generator) for text in rows["text"]]
+            unlike = sorted(set(wanted))  # a few long texts are asked for again and again
+            texts = dict(zip(unlike, self.data.select(unlike)["text"], strict=True))
+            pieces = [piece(texts[row], CHARACTERS * self.entry.prefix_tokens, generator) for row in wanted]
             rows = Dataset.from_dict({"text": pieces})
+        else:
+            rows = self.data.select(wanted)
         found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
         return [document or list(self.start) for document in found]
 

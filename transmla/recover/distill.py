@@ -13,6 +13,8 @@ from trl import SFTConfig
 
 from transmla.modeling.window import final_softcap
 from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
+from transmla.recover.rows import ROW
+from transmla.recover.teacher_states import TeacherStates
 from transmla.recover.trainer import Objective, RecoveryTrainer, kept_of, scored, trunk_inputs
 
 
@@ -24,6 +26,8 @@ class DistillTrainer(RecoveryTrainer):
         mixture: divergence, temperature at the start, share of the cross-entropy.
         final_temperature: what the temperature has become, linearly, in the last step; None: it stays.
         recorded: from a collated batch to the teacher's kept probabilities of its unmasked tokens, in order.
+
+    `states`, where it is set before training, keeps the teacher's hidden states by row; batches then carry `row`.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class DistillTrainer(RecoveryTrainer):
     ) -> None:
         super().__init__(model, args, teacher=teacher, **kwargs)
         self.mixture, self.final_temperature, self.recorded = mixture, final_temperature, recorded
+        self.states: TeacherStates | None = None
 
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Position t of student and teacher is scored where label t + 1 counts."""
@@ -48,8 +53,7 @@ class DistillTrainer(RecoveryTrainer):
             assert self.recorded is not None, "without a teacher, what it said must have been recorded"
             expected: Teacher | Kept = self.recorded(inputs)
         else:
-            with torch.no_grad():
-                states = self.teacher.model(**batch, use_cache=False).last_hidden_state
+            states = self._teacher_states(inputs)
             expected = Teacher(kept_of(states[:, :-1], kept), self.teacher.get_output_embeddings().weight)
         hidden = student.model(**batch, use_cache=False).last_hidden_state
         total = token_loss(
@@ -61,6 +65,15 @@ class DistillTrainer(RecoveryTrainer):
             softcap=final_softcap(student.config),
         )
         return Objective(total=total, tokens=torch.tensor(len(kept)))
+
+    @torch.no_grad()
+    def _teacher_states(self, inputs: dict[str, Any]) -> Tensor:
+        """The teacher's final hidden states of a batch, [B, T, D]."""
+
+        def read() -> Tensor:
+            return self.teacher.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state
+
+        return read() if self.states is None else self.states(inputs[ROW], read)
 
     def temperature(self) -> float:
         """Of the present step."""

@@ -20,48 +20,22 @@ from transmla.modeling.window import final_softcap
 from transmla.plan import micro_batch
 from transmla.recipe_stages import Distill
 from transmla.recover.losses import ELEMENTS, logits_float32
+from transmla.recover.rows import ROW, carry_rows, token_rows, whole_rows
 from transmla.recover.run import trainer_config
 from transmla.recover.topk import Writer, data_digest, encode, vocabulary_digest
 from transmla.recover.trainer import kept_of, scored, trunk_inputs
 
-ROW = "row"  # column and batch key: which row of the packed dataset this is
 SHARD_POSITIONS = 65_536  # scored positions a shard
-
-
-def attach_rows(data: Dataset) -> Dataset:
-    """Number the rows of a packed dataset in a column `row`."""
-    return data.add_column(ROW, list(range(len(data))))
-
-
-class RowCollator:
-    """A data collator whose batches carry `row` [B], the numbers of their rows.
-
-    Args:
-        collate: the trainer's own collator.
-    """
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = torch.tensor([example[ROW] for example in examples])
-        batch = self.collate([{name: value for name, value in example.items() if name != ROW} for example in examples])
-        return batch | {ROW: rows}
-
-
-def carry_rows(trainer: SFTTrainer) -> None:
-    """Make the batches of a trainer carry `row`, which `RecordedTeacher.rows` takes. Call it before training."""
-    trainer.train_dataset = attach_rows(trainer.train_dataset)
-    trainer.data_collator = RowCollator(trainer.data_collator)
-    trainer._set_signature_columns_if_needed()
-    trainer._signature_columns = [*trainer._signature_columns, ROW]  # other columns do not reach the collator
 
 
 def packed_trainer(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> SFTTrainer:
     """trl's trainer for the sake of its packed dataset and its order of rows, around a model of no importance."""
     dimensions = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=max(len(tokenizer), 8), **dimensions))
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=copy.deepcopy(tokenizer))
+    tokenizer = copy.deepcopy(tokenizer)
+    data = token_rows(data, tokenizer, config)
+    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer.train_dataset = whole_rows(trainer.train_dataset, config)
     carry_rows(trainer)
     return trainer
 
@@ -99,9 +73,9 @@ def top_log_probabilities(teacher: PreTrainedModel, batch: dict[str, Tensor], k:
     return torch.cat(ids or [empty.long()]), torch.cat(logp or [empty])
 
 
-def positions_by_row(trainer: SFTTrainer, rows: Tensor) -> list[int]:
+def positions_by_row(trainer: SFTTrainer, rows: list[int]) -> list[int]:
     """Scored positions of rows of the packed dataset, each collated by itself."""
-    alone = [trainer.data_collator([trainer.train_dataset[row]]) for row in rows.tolist()]
+    alone = [trainer.data_collator([trainer.train_dataset[row]]) for row in rows]
     return [len(scored(batch)) for batch in alone]
 
 
@@ -149,12 +123,12 @@ def record_teacher(
         done, teacher = writer.rows, None
         rows, counts, blobs = [], [], []
         for batch in training_batches(trainer, rows_needed(stage, len(trainer.train_dataset))):
-            if set(batch[ROW].tolist()) <= done:
+            if set(batch[ROW]) <= done:
                 continue
             teacher = teacher or load_teacher()
             sizes = positions_by_row(trainer, batch[ROW])
             ids, logp = top_log_probabilities(teacher, batch, k)
-            for row, own, scores in zip(batch[ROW].tolist(), ids.split(sizes), logp.split(sizes), strict=True):
+            for row, own, scores in zip(batch[ROW], ids.split(sizes), logp.split(sizes), strict=True):
                 if row not in done:
                     done.add(row)
                     rows.append(row)

@@ -24,6 +24,8 @@ from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
+from transmla.recover.rows import carry_rows, token_rows, whole_rows
+from transmla.recover.teacher_states import TeacherStates
 from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
 # Packed rows keep documents apart in attention; long documents are split, not cut off. Packed rows of one micro-batch are one
@@ -92,7 +94,8 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
-    common = {"train_dataset": data, "processing_class": copy.deepcopy(tokenizer)}
+    tokenizer = copy.deepcopy(tokenizer)
+    common = {"train_dataset": token_rows(data, tokenizer, config), "processing_class": tokenizer}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)
     if stage.kind == "layerwise":
@@ -111,10 +114,23 @@ def build_trainer(
         trainer.trunk_learning_rate = stage.trunk_learning_rate
     if stage.relative_learning_rate:
         trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
+    trainer.train_dataset = whole_rows(trainer.train_dataset, config)
+    if stage.kind == "distill" and stage.keep_teacher:
+        rows, width = len(trainer.train_dataset), teacher.config.hidden_size
+        trainer.states = TeacherStates(rows, config.max_length, width, dtype=teacher.dtype, device=config.device)
+        carry_rows(trainer)
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
+        _only_whole_batches(trainer)
     trainer.add_callback(_Progress(trainer))
     return trainer
+
+
+def _only_whole_batches(trainer: RecoveryTrainer) -> None:
+    """Leave out what an epoch has left over, for which every layer would be compiled again, where an epoch has a whole batch."""
+    arguments = trainer.args
+    if len(trainer.train_dataset) >= arguments.per_device_train_batch_size * arguments.world_size:
+        arguments.dataloader_drop_last = True
 
 
 def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:

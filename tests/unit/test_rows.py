@@ -1,0 +1,111 @@
+"""The rows a trainer sees, and a teacher that reads each of them once."""
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTTrainer
+
+from tests.conftest import tiny_model
+from tests.unit.test_record import LENGTH, VOCAB, stage_of, text
+from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
+from transmla.errors import RecipeError
+from transmla.recipe_stages import Distill
+from transmla.recover.rows import token_rows, whole_rows
+from transmla.recover.run import build_trainer, trainer_config
+from transmla.recover.teacher_states import TeacherStates
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory):
+    return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
+
+
+@pytest.mark.parametrize("trainer", [{}, {"packing_strategy": "wrapped"}, {"packing": False}], ids=["split", "wrapped", "padded"])
+def test_token_rows_are_trls_own(trainer: dict, tmp_path, words) -> None:
+    config = trainer_config(stage_of(**trainer), tmp_path, seed=3, device="cpu", dtype=torch.float32, processes=1)
+    texts = text()["text"]
+    data = Dataset.from_dict({"text": [texts[0] + words.eos_token, *texts[1:]]})  # one has its end already
+    made = token_rows(data, words, config)
+    assert set(made.column_names) == {"input_ids", "labels"}
+    sets = [
+        SFTTrainer(model=tiny_model(vocab_size=VOCAB), args=config, train_dataset=rows, processing_class=words).train_dataset
+        for rows in (data, made)
+    ]
+    columns = ["input_ids", "labels"]
+    assert sets[0].select_columns(columns).to_list() == sets[1].select_columns(columns).to_list()
+    assert len(sets[0]) > 20
+
+
+def test_other_data_is_left_to_trl(tmp_path, words) -> None:
+    config = trainer_config(stage_of(), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    chat = Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
+    assert token_rows(chat, words, config) is chat
+    named = trainer_config(stage_of(eos_token="<s>"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    assert token_rows(text(), words, named).column_names == ["text"]
+
+
+def test_wrapped_rows_are_of_one_length(tmp_path, words) -> None:
+    stage = stage_of(packing_strategy="wrapped")
+    config = trainer_config(stage, tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    trainer = build_trainer(stage, *(tiny_model(vocab_size=VOCAB) for _ in range(2)), words, config, text(), scales=[])
+    tokens = sum(len(words(line)["input_ids"]) + 1 for line in text()["text"])
+    assert tokens % LENGTH, "a short row is what this is about"
+    assert [len(row) for row in trainer.train_dataset["input_ids"]] == [LENGTH] * (tokens // LENGTH)
+    short = Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    assert whole_rows(short, config) is short
+
+
+def distill(folder, keep: bool, epochs: int, **trainer: object):
+    """Rows of one length, in batches that an epoch ends with a rest of."""
+    rows = sum(len(document) for document in documents()) // 24
+    steps = -(-rows // 3) * epochs
+    stage = {"keep_teacher": True} if keep else {}
+    return make_trainer("distill", folder, steps=steps, batch=3, stage=stage, packing_strategy="wrapped", **trainer)
+
+
+def test_a_kept_teacher_reads_every_row_once_and_changes_nothing(tmp_path) -> None:
+    found, read = [], []
+    for name, keep in (("read", False), ("kept", True)):
+        trainer = distill(tmp_path / name, keep, epochs=3)
+        calls = []
+        handle = trainer.teacher.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        handle.remove()
+        found.append((losses(trainer), [value.detach().clone() for value in trainer.model.parameters()]))
+        read.append(len(calls))
+    assert read[0] == len(found[0][0])
+    # A batch of an epoch's end may join rows that were read with one that was not.
+    assert len(trainer.train_dataset) / 3 <= read[1] < read[0] / 2
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(one, other) for one, other in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_states_of_a_row_are_its_own() -> None:
+    kept = TeacherStates(5, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
+    states = torch.randn(5, 2, 3)
+    assert torch.equal(kept([3, 0], lambda: states[[3, 0]]), states[[3, 0]])
+    assert torch.equal(kept([0, 4], lambda: states[[0, 4]]), states[[0, 4]])  # one of them is new: computed again
+    assert torch.equal(kept([4, 3, 0], lambda: pytest.fail("all of them were seen")), states[[4, 3, 0]])
+
+
+def test_no_room_for_the_states_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1024, 2048))
+    with pytest.raises(RecipeError, match="keep_teacher.*GiB of the teacher's states"):
+        TeacherStates(10**6, 2048, 576, dtype=torch.bfloat16, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [({"teacher": "recorded"}, "on disk already"), ({"trainer": {"packing_strategy": "bfd_split"}}, "rows of one length")],
+)
+def test_a_kept_teacher_needs_rows_of_one_length(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Distill(**{"kind": "distill", "data": ["x"], "tokens": 1, "keep_teacher": True, "trainer": {"packing_strategy": "wrapped"}} | fields)
+
+
+@pytest.mark.parametrize("batch, dropped", [(3, True), (500, False)])
+def test_compiled_stages_take_whole_batches_where_there_is_one(batch: int, dropped: bool, tmp_path) -> None:
+    trainer = make_trainer("distill", tmp_path, batch=batch, stage={"compile": True}, packing_strategy="wrapped")
+    assert trainer.args.dataloader_drop_last is dropped
+    sizes = {len(batch["input_ids"]) for batch in trainer.get_train_dataloader()}
+    assert sizes == ({3} if dropped else {len(trainer.train_dataset)})

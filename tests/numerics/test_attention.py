@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from tests.conftest import VOCAB, settings, tiny_model, windows
 from transmla.convert.convert import convert_model
-from transmla.modeling.backends import eager_attention, grouped_query, one_query, sdpa
+from transmla.modeling.backends import eager_attention, one_query, sdpa
 
 
 def student():
@@ -113,7 +113,6 @@ def test_one_query_against_the_definition(mask_of: torch.dtype | None) -> None:
     halves = [(query[..., :3], key[..., :3]), (query[..., 3:], key[..., 3:])]
     for parts in ([(query, key)], halves):
         assert (one_query(parts, value, mask, 0.3).transpose(1, 2) - wanted).abs().max() < 1e-6
-    assert (grouped_query(query, key, value, mask, 0.3).transpose(1, 2) - wanted).abs().max() < 1e-6
 
 
 def test_one_query_that_sees_nothing_is_a_number() -> None:
@@ -121,8 +120,6 @@ def test_one_query_that_sees_nothing_is_a_number() -> None:
     query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 6)
     seen = torch.zeros(2, 1, 1, 5, dtype=torch.bool)
     seen[1] = True
-    assert grouped_query(query, key, value, seen, 0.3).isfinite().all()
-    assert grouped_query(query, key, value, torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), 0.3).isfinite().all()
     out = one_query([(query, key)], value, seen, 0.3)
     assert out.isfinite().all()
     assert torch.equal(out[1:], one_query([(query[1:], key[1:])], value[1:], None, 0.3))
@@ -158,9 +155,8 @@ def test_one_query_in_bfloat16_rounds_no_logits() -> None:
     repeated = [states.double().repeat_interleave(3, dim=1) for states in (key, value)]
     wanted = eager_attention(torch.nn.Module().eval(), query.double(), *repeated, None, 1.0)[0].transpose(1, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = [one_query([(query, key)], value, None, 1.0), grouped_query(query, key, value, None, 1.0)]
-    for got in found:
-        assert (got.double() - wanted).norm() / wanted.norm() < 4e-3  # rounded logits give 2e-2
+        got = one_query([(query, key)], value, None, 1.0)
+    assert (got.double() - wanted).norm() / wanted.norm() < 4e-3  # rounded logits give 2e-2
 
 
 def test_a_weight_that_accelerate_keeps_elsewhere_is_called_for() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # First choice first. cuDNN takes values narrower than keys as they are and was nine times as fast on Hopper as what
 # plain SDPA falls to (docs/experiments.md). FlashAttention-2 is left out: it wants equal widths.
 CUDA_PRIORITY = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-DECODING_PRIORITY = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 ONE_QUERY = "transmla_one_query"  # name of `one_query` among transformers' attention functions
 
@@ -110,27 +107,6 @@ def one_query(
     return torch.bmm(weights, value.flatten(0, 1)).view(batch, -1, 1, value.shape[-1])
 
 
-def grouped_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """`one_query` by the fused kernels: to them the query heads of a group are as many positions of one head, so that they too
-    read keys and values once.
-
-    Args:
-        query: [B, H, 1, E]. key: [B, G, S, E]. value: [B, G, S, V]. mask, scaling: as in `one_query`.
-
-    Returns:
-        [B, H, 1, V].
-    """
-    batch, groups, _, width = key.shape
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min  # not minus infinity, of which a query that sees nothing would become NaN
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, lowest)
-        mask = mask.to(query.dtype).clamp(min=lowest)
-    with nullcontext() if query.device.type == "cpu" else sdpa_kernel(DECODING_PRIORITY, set_priority=True):
-        out = F.scaled_dot_product_attention(query.reshape(batch, groups, -1, width), key, value, mask, scale=scaling)
-    return out.reshape(batch, -1, 1, value.shape[-1])
-
-
 def _one_query_of_a_source(
     module: nn.Module,
     query: Tensor,
@@ -149,7 +125,7 @@ def _one_query_of_a_source(
     """
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} caps its attention or has sinks; decode with a cache that grows")
-    return grouped_query(query, key, value, attention_mask, scaling).transpose(1, 2), None
+    return one_query([(query, key)], value, attention_mask, scaling).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(ONE_QUERY, _one_query_of_a_source)

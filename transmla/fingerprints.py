@@ -69,7 +69,10 @@ class Fingerprints:
             definition, folder = find_definition(name, key)
             files = [file.stat() for file in local_files(definition, folder, key)]
             sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]
-            found.append([definition.model_dump(mode="json", exclude={"about", "licence"}), sizes])
+            settings = definition.model_dump(mode="json", exclude={"about", "licence"})
+            if not definition.synthetic:  # a key that came later
+                del settings["synthetic"]
+            found.append([settings, sizes])
         return found
 
     def _problems(self, entry: Traces | Solve, key: str) -> list[Any]:

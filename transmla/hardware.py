@@ -7,6 +7,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 
 from transmla.errors import RecipeError
@@ -62,6 +63,11 @@ def require_disk(folder: Path, needed: int, key: str = "output_dir") -> None:
         raise RecipeError(
             key, f"{needed / 2**30:.1f} GiB are needed below {folder}, {free / 2**30:.1f} are free; make room"
         )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new tensor may take on a GPU, or in the memory of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def peak_memory(device: str) -> int:

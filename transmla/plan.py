@@ -137,6 +137,14 @@ def _recorded_bytes(recipe: Recipe) -> int:
     )
 
 
+def _kept_states(stage: AnyStage, config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """What a kept teacher takes besides; how many rows the data has is not known before it is tokenized."""
+    if not (stage.kind == "distill" and stage.keep_teacher):
+        return ""
+    row = int(stage.trainer.get("max_length", 1024)) * config.hidden_size * torch.finfo(dtype).bits // 8
+    return f", and {row / 2**20:.1f} MiB for every row of the data, for the teacher's states"
+
+
 def _searched(section: Convert) -> str:
     names = ("qk_rope_head_dim", "kv_lora_rank", "collapse", "freqfold", "mean_rotation")
     free = [name for name in names if getattr(section, name) == "auto"]
@@ -186,7 +194,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
-            f"about {memory:.1f} GiB a device"
+            f"about {memory:.1f} GiB a device{_kept_states(stage, config, dtype)}"
         )
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",

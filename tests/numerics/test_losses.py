@@ -86,6 +86,37 @@ def test_mixture_with_cross_entropy(tensors, divergence, softcap) -> None:
     compare(*tensors, chunk=16, labels=labels, mixture=Mixture(divergence, 1.5, 0.3), softcap=softcap)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=names)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_negative_label_leaves_the_divergence_whole(tensors, divergence, kept, monkeypatch) -> None:
+    """The sum of two groups of tokens: one of the mixture, one of the divergence alone; compiled likewise."""
+    student, head, teacher = tensors
+    labels = torch.randint(0, 301, (50,))
+    labels[::3] = -200
+    if kept:
+        logp, ids = F.log_softmax(teacher.hidden @ teacher.head.T, -1).topk(16)
+        teacher = Kept(ids, logp)
+    mixture = Mixture(divergence, 1.0 if kept else 1.5, 0.3)
+
+    def part(keep):
+        return Kept(teacher.ids[keep], teacher.logp[keep]) if kept else Teacher(teacher.hidden[keep], teacher.head)
+
+    exact_student, exact_head = student.double().requires_grad_(), head.double().requires_grad_()
+    human = labels >= 0
+    exact = reference(exact_student[human], exact_head, part(human), labels=labels[human], mixture=mixture)
+    exact = exact + reference(exact_student[~human], exact_head, part(~human), mixture=Mixture(divergence, mixture.temperature))
+    exact.backward()
+    for compiled in (False, True):
+        if compiled:
+            monkeypatch.setattr(losses, "_fast", lambda function, logits: losses._compiled(function))
+        own, own_head = student.clone().requires_grad_(), head.clone().requires_grad_()
+        loss = token_loss(own, own_head, teacher, labels=labels, mixture=mixture, chunk=16)
+        loss.backward()
+        assert abs(loss.item() / exact.item() - 1) < 1e-6
+        for got, want in ((own.grad, exact_student.grad), (own_head.grad, exact_head.grad)):
+            assert (got.double() - want).norm() / want.norm() < 1e-6
+
+
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_cross_entropy_alone(tensors, softcap) -> None:
     student, head, _ = tensors

@@ -70,6 +70,10 @@ def test_what_is_written(written: Path) -> None:
     found = [row["text"].split("\ufffd")[0].encode()[:9] for row in rows(written, "continued")]
     assert all(any(start in text for text in texts) for start in found) and len(set(found)) > 3
     assert not any(text.startswith(start) for start in found for text in texts)  # nor from the beginning
+    # A cross-entropy leaves out what the teacher wrote by itself, not the replies that a checker chose.
+    marks = {name: load_one(str(written / "written" / name / "data.yaml"), "k") for name in ("own", "continued", "legs")}
+    assert all(marks["own"]["synthetic"]) and all(marks["continued"]["synthetic"])
+    assert marks["legs"].column_names == ["text"]
     assert [row["problem"] for row in rows(written, "legs")] == [number for number in range(6) for _ in range(2)]
 
 

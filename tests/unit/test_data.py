@@ -6,6 +6,7 @@ import json
 import pytest
 from datasets import Dataset
 
+from transmla.compose import share
 from transmla.data.sources import check_dataset, load_many, load_one
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
@@ -72,6 +73,14 @@ def test_template(tmp_path) -> None:
     check_dataset(str(definition), "k", online=False)
     (row,) = load_one(str(definition), "k")
     assert row == {"text": "Q: 2+2\nA: 4"}
+
+
+def test_openings_are_what_their_script_makes() -> None:
+    folder = share("data") / "openings"
+    made: dict = {"__name__": "build"}
+    exec((folder / "build.py").read_text(), made)
+    assert load_one("openings", "k")["text"] == made["openings"]()
+    assert len(set(made["openings"]())) == len(made["openings"]()) > 2000
 
 
 @pytest.mark.parametrize(

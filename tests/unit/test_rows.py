@@ -1,5 +1,7 @@
 """The rows a trainer sees, and a teacher that reads each of them once."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,11 +10,13 @@ from trl import SFTTrainer
 from tests.conftest import tiny_model
 from tests.unit.test_record import LENGTH, VOCAB, stage_of, text
 from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
+from transmla.data.mixture import load_mixture
 from transmla.errors import RecipeError
 from transmla.recipe_stages import Distill
-from transmla.recover.rows import token_rows, whole_rows
+from transmla.recover.rows import TEACHER_ONLY, token_rows, whole_rows
 from transmla.recover.run import build_trainer, trainer_config
 from transmla.recover.teacher_states import TeacherStates
+from transmla.recover.topk import data_digest
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,46 @@ def test_wrapped_rows_are_of_one_length(tmp_path, words) -> None:
     assert whole_rows(short, config) is short
 
 
+def test_tokens_of_synthetic_text_have_the_divergence_alone(tmp_path, words) -> None:
+    """Of a mixture: labels say which, through trl's packing, and the loss is that of its two groups of tokens."""
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text()["text"][:20]))
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": line.upper()}) + "\n" for line in text()["text"][20:]))
+    (tmp_path / "own.yaml").write_text("{path: own.jsonl, columns: {text: text}, synthetic: true}")
+    data = load_mixture([str(tmp_path / "people.jsonl"), str(tmp_path / "own.yaml")], "data", words, 0)
+    stage = Distill(
+        kind="distill", train="all", data=["unused"], tokens=64, cross_entropy=0.4, trainer=dict(max_length=LENGTH, packing_strategy="wrapped")
+    )
+    config = trainer_config(stage, tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    student, teacher = (tiny_model(vocab_size=VOCAB) for _ in range(2))
+    with torch.no_grad():
+        student.model.embed_tokens.weight.mul_(1.1)
+    trainer = build_trainer(stage, student, teacher, words, config, data, scales=[])
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    ids, labels = batch["input_ids"], batch["labels"]
+    upper = torch.tensor([["A" <= words.decode([token]) <= "Z" for token in row] for row in ids.tolist()])
+    lower = torch.tensor([["a" <= words.decode([token]) <= "z" for token in row] for row in ids.tolist()])
+    assert (labels[upper] == TEACHER_ONLY).all() and torch.equal(labels[lower], ids[lower])
+    assert upper.sum() > 100 and lower.sum() > 100
+    with torch.no_grad():
+        log_q, log_p = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (student, teacher))
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        entropy = -log_q.gather(-1, ids[:, 1:, None])[..., 0]
+        human = labels[:, 1:] >= 0
+        wanted = torch.where(human, 0.6 * divergence + 0.4 * entropy, divergence).sum()
+        found = trainer.objective(trainer.model, batch)
+    assert int(found.tokens) == human.numel()
+    assert float(found.total) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_mixture_without_cross_entropy_marks_nothing(tmp_path, words) -> None:
+    config = trainer_config(stage_of(), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    data = text().add_column("synthetic", [True] * len(text()))
+    plain, marked = token_rows(data, words, config), token_rows(data, words, config, mark_synthetic=True)
+    assert plain.to_list() == token_rows(text(), words, config).to_list()
+    assert set(sum(marked["labels"], [])) == {TEACHER_ONLY}
+    assert data_digest(plain) == data_digest(marked)  # a recording is of the same tokens
+
+
 def distill(folder, keep: bool, epochs: int, **trainer: object):
     """Rows of one length, in batches that an epoch ends with a rest of."""
     rows = sum(len(document) for document in documents()) // 24
@@ -90,8 +134,9 @@ def test_states_of_a_row_are_its_own() -> None:
 
 def test_no_room_for_the_states_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1024, 2048))
-    with pytest.raises(RecipeError, match="keep_teacher.*GiB of the teacher's states"):
-        TeacherStates(10**6, 2048, 576, dtype=torch.bfloat16, device=torch.device("cuda"))
+    for device in ("cuda", "cpu"):
+        with pytest.raises(RecipeError, match="keep_teacher.*GiB of the teacher's states"):
+            TeacherStates(10**7, 2048, 576, dtype=torch.bfloat16, device=torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ class DataDefinition(Section):
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
     join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
     separator: for `.txt` and `.txt.gz` files, what stands between two rows.
+    synthetic: a model wrote it. The cross-entropy of a distillation leaves its tokens out: how people write is not in them.
     """
 
     hub: str | None = None
@@ -60,6 +61,7 @@ class DataDefinition(Section):
     cut: Literal["train", "test"] | None = None
     join: str | None = None
     separator: str | None = None
+    synthetic: bool = False
     licence: str = "unknown"
     about: str = ""
 

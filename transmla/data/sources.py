@@ -17,6 +17,9 @@ from transmla.data.conversations import build_messages, message_columns, read_tu
 from transmla.data.definition import FORMATS, DataDefinition, find_definition, format_of
 from transmla.errors import RecipeError
 
+SYNTHETIC = "synthetic"  # column beside `text`: whether a model wrote it; where no model did, it is missing
+
+
 def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path]:
     """The files of a local dataset, sorted; empty for a hub dataset.
 
@@ -144,7 +147,11 @@ def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
             data = data.filter(lambda row: bool(row["text"].strip()))
     if not len(data):
         raise RecipeError(key, f"{name} is empty; name a dataset that has text")
-    return data
+    return _marked(data, True) if definition.synthetic and "text" in data.column_names else data
+
+
+def _marked(data: Dataset, synthetic: bool) -> Dataset:
+    return data.add_column(SYNTHETIC, [synthetic] * len(data))
 
 
 def load_rows(name: str, key: str) -> Dataset:
@@ -225,7 +232,10 @@ def join_kinds(names: list[str], parts: list[Dataset], key: str) -> Dataset:
     Raises:
         RecipeError: they are of different kinds: texts, conversations, prompts with completions.
     """
-    columns = [tuple(sorted(part.column_names)) for part in parts]
+    if any(SYNTHETIC in part.column_names for part in parts):
+        unmarked = [{"text"} == set(part.column_names) for part in parts]
+        parts = [_marked(part, False) if people else part for part, people in zip(parts, unmarked, strict=True)]
+    columns = [tuple(sorted(set(part.column_names) - {SYNTHETIC})) for part in parts]
     if len(set(columns)) > 1:
         raise RecipeError(key, f"datasets of different kinds cannot be joined: {dict(zip(names, columns, strict=True))}")
     return concatenate_datasets(parts)

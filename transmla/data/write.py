@@ -99,7 +99,7 @@ def write_traces(
             counts["tokens"] += len(sample.tokens)
             row = _row(asked, index, reply, entry) | {"problem": problem.number, "accepted": right, "finished": sample.finished}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    _define(folder, COLUMNS[entry.format])
+    _define(folder, COLUMNS[entry.format])  # a checker chose them: their tokens are worth a cross-entropy
     return counts
 
 
@@ -190,11 +190,11 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
                 counts["tokens"] += len(sample.tokens) + sample.finished
                 row = {"text": text, "tokens": tokens, "finished": sample.finished}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    _define(folder, COLUMNS["text"])
+    _define(folder, COLUMNS["text"], synthetic=True)
     return counts
 
 
-def _define(folder: Path, columns: tuple[str, ...]) -> None:
+def _define(folder: Path, columns: tuple[str, ...], **more: object) -> None:
     """The data definition beside the rows, by which stages, and other recipes, read them."""
-    content = {"path": DATA, "columns": {name: name for name in columns}, "about": "Written by the recipe's teacher."}
+    content = {"path": DATA, "columns": {name: name for name in columns}, "about": "Written by the recipe's teacher."} | more
     (folder / DEFINITION).write_text(yaml.safe_dump(content))

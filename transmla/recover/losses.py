@@ -42,7 +42,7 @@ class Kept:
 class Mixture:
     """(1 - cross_entropy) · T² · divergence at temperature T + cross_entropy · cross-entropy of the next token.
 
-    T² keeps gradients of one size (Hinton et al., arXiv:1503.02531, section 2.1).
+    A token whose label is negative has the divergence alone, whole. T² keeps gradients of one size (Hinton et al., arXiv:1503.02531, section 2.1).
     """
 
     divergence: Divergence = Divergence()
@@ -91,15 +91,14 @@ def _dense(
     log_q = F.log_softmax(logits, -1) if temperature is None or labels is not None else None
     if temperature is None:
         value, slope = value_and_slope(log_q, F.log_softmax(expected, -1), divergence)
-        total = value.sum()
     else:
         log_p = F.log_softmax(expected / temperature, -1)
         value, slope = value_and_slope(F.log_softmax(logits / temperature, -1), log_p, divergence)
         # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
-        total, slope = value.sum() * temperature.square(), slope * temperature
+        value, slope = value * temperature.square(), slope * temperature
     if labels is not None:
-        total, slope = _mix(total, slope, log_q, labels, share)
-    return total, _uncap(slope, logits, softcap).to(products)
+        value, slope = _mix(value, slope, log_q, labels, share)
+    return value.sum(), _uncap(slope, logits, softcap).to(products)
 
 
 def _kept(
@@ -116,33 +115,34 @@ def _kept(
     logits = cap(student, softcap)
     log_q = F.log_softmax(logits, -1)
     value, slope = value_and_slope_of_kept(log_q, ids, logp.to(logits.dtype), divergence)
-    total = value.sum()
     if labels is not None:
-        total, slope = _mix(total, slope, log_q, labels, share)
-    return total, _uncap(slope, logits, softcap).to(products)
+        value, slope = _mix(value, slope, log_q, labels, share)
+    return value.sum(), _uncap(slope, logits, softcap).to(products)
 
 
 def _label(student: Tensor, labels: Tensor, softcap: float | None, products: torch.dtype) -> tuple[Tensor, Tensor]:
     """One chunk of plain cross-entropy."""
     logits = cap(student, softcap)
     log_q = F.log_softmax(logits, -1)
-    slope = _less_at(log_q.exp(), labels, 1.0)
+    slope = _less_at(log_q.exp(), labels, torch.ones_like(log_q[:, 0]))
     return -log_q.gather(1, labels[:, None]).sum(), _uncap(slope, logits, softcap).to(products)
 
 
-def _mix(total: Tensor, slope: Tensor, log_q: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """A divergence's sum and slope with a share of cross-entropy, from the softmax that is there already."""
-    other = -log_q.gather(1, labels[:, None]).sum()
-    slope = _less_at((1.0 - share) * slope + share * log_q.exp(), labels, share)
-    return (1.0 - share) * total + share * other, slope
+def _mix(value: Tensor, slope: Tensor, log_q: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A divergence [n] and its slope with a share of cross-entropy where the label is one, from the softmax that is there already."""
+    part = share * (labels >= 0).to(value.dtype)
+    labels = labels.clamp(min=0)
+    other = -log_q.gather(1, labels[:, None])[:, 0]
+    slope = _less_at((1.0 - part[:, None]) * slope + part[:, None] * log_q.exp(), labels, part)
+    return (1.0 - part) * value + part * other, slope
 
 
-def _less_at(slope: Tensor, labels: Tensor, amount: float) -> Tensor:
-    """slope [n, V] less `amount` at every row's label [n]. Compiled, a comparison joins the pass that writes the slope, where a
+def _less_at(slope: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
+    """slope [n, V] less `amount` [n] at every row's label [n]. Compiled, a comparison joins the pass that writes the slope, where a
     scatter would be a pass of its own; on a CPU it is the other way round."""
     if torch.compiler.is_compiling():
-        return slope - amount * (torch.arange(slope.shape[1], device=slope.device) == labels[:, None])
-    return slope.scatter_add_(1, labels[:, None], slope.new_full((len(slope), 1), -amount))
+        return slope - amount[:, None] * (torch.arange(slope.shape[1], device=slope.device) == labels[:, None])
+    return slope.scatter_add_(1, labels[:, None], -amount[:, None].to(slope.dtype))
 
 
 def _uncap(slope: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
@@ -240,7 +240,8 @@ def token_loss(
 
     Args:
         student: hidden states after the last norm, [n, D]. student_head: [V, D].
-        labels: next tokens [n]; needed without a teacher, and where the mixture has cross-entropy.
+        labels: next tokens [n]; needed without a teacher, and where the mixture has cross-entropy. Beside a teacher a negative one
+            leaves the cross-entropy out.
         softcap: cap on both models' logits (`final_logit_softcapping`), or None.
         chunk: tokens at a time; None: as many as fit `ELEMENTS` logits.
 

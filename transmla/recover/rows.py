@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +11,38 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from transmla.data.sources import SYNTHETIC
+
+PARALLEL = "TOKENIZERS_PARALLELISM"
 ROW = "row"  # column and batch key: which row of the packed dataset this is
+TEACHER_ONLY = -200  # label of a token that is scored against the teacher alone; not trl's -100, which is not scored at all
 
 
-def token_rows(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Dataset:
+def token_rows(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, *, mark_synthetic: bool = False
+) -> Dataset:
     """Texts as the token ids and labels that trl would make of them, an end token after each; all else as it is.
 
     trl calls the tokenizer for one text after the other; given many, a fast one uses all cores.
+
+    Args:
+        mark_synthetic: texts of a model's own (column `synthetic`) get the label `TEACHER_ONLY`.
     """
     changed = config.eos_token is not None or config.chat_template_path is not None or bool(config.dataset_kwargs)
-    if set(data.column_names) != {"text"} or changed or tokenizer.eos_token is None:
-        return data
+    if "text" not in data.column_names or changed or tokenizer.eos_token is None:
+        return data.remove_columns(SYNTHETIC) if SYNTHETIC in data.column_names else data
     end = tokenizer.eos_token
+    if PARALLEL not in os.environ:
+        os.unsetenv(PARALLEL)  # an earlier `map` on several processes leaves it off where Python does not see it
 
-    def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+    def encode(rows: dict[str, list]) -> dict[str, list[list[int]]]:
         texts = [text if text.endswith(end) else text + end for text in rows["text"]]
         ids = tokenizer(texts, verbose=False)["input_ids"]
-        return {"input_ids": ids, "labels": ids}
+        own = rows[SYNTHETIC] if mark_synthetic and SYNTHETIC in rows else [False] * len(ids)
+        labels = [[TEACHER_ONLY] * len(row) if by_model else row for row, by_model in zip(ids, own, strict=True)]
+        return {"input_ids": ids, "labels": labels}
 
-    return data.map(encode, batched=True, remove_columns=["text"], desc="Tokenizing train dataset")
+    return data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing train dataset")
 
 
 def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:

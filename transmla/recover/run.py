@@ -95,7 +95,8 @@ def build_trainer(
             parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
-    common = {"train_dataset": token_rows(data, tokenizer, config), "processing_class": tokenizer}
+    mixed = stage.kind == "distill" and stage.cross_entropy > 0.0
+    common = {"train_dataset": token_rows(data, tokenizer, config, mark_synthetic=mixed), "processing_class": tokenizer}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)
     if stage.kind == "layerwise":

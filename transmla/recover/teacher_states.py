@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from transmla.errors import RecipeError
+from transmla.hardware import free_memory
 
 
 class TeacherStates:
@@ -28,7 +29,8 @@ class TeacherStates:
         self, rows: int, length: int, width: int, *, dtype: torch.dtype, device: torch.device, key: str = "recover.N.keep_teacher"
     ) -> None:
         needed = rows * length * width * dtype.itemsize
-        if device.type == "cuda" and needed > (free := torch.cuda.mem_get_info(device)[0]):
+        free = free_memory(device)
+        if needed > free:
             raise RecipeError(
                 key,
                 f"{rows:,} rows of {length:,} tokens are {needed / 2**30:.1f} GiB of the teacher's states, {free / 2**30:.1f} are "

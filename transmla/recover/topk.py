@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from transmla.artifacts import write_whole
 from transmla.errors import RecipeError
 from transmla.recover.checkpoints import PARTIAL, fsync
+from transmla.recover.rows import TEACHER_ONLY
 
 INDEX = "index.json"
 FORMAT = 1
@@ -89,10 +90,14 @@ def data_digest(data: Dataset) -> str:
     columns = sorted(set(data.column_names) & {"input_ids", "labels", "seq_lengths"})
     digest.update(json.dumps([columns, len(data)]).encode())
     for batch in data.select_columns(columns).with_format("arrow").iter(batch_size=256):
+        found = {}
         for column in columns:
             values = batch[column].combine_chunks()
             digest.update(values.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
-            digest.update(values.flatten().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+            found[column] = values.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+            if column == "labels":  # a token that is scored is, whatever against
+                found[column] = np.where(found[column] == TEACHER_ONLY, found["input_ids"], found[column])
+            digest.update(found[column].tobytes())
     return digest.hexdigest()
 
 

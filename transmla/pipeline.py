@@ -25,7 +25,7 @@ from transmla.data.windows import named_windows
 from transmla.entries import Part
 from transmla.errors import RecipeError
 from transmla.evaluate.report import MODELS, write_report
-from transmla.evaluate.summary import missed
+from transmla.evaluate.summary import figures, missed
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
 from transmla.preflight import Prepared
@@ -233,6 +233,8 @@ class Pipeline(Writer, Recordings, Teachers):
             def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
                 self._evaluate_one(name, folder, scratch, record)
                 record["solve"] = self._score(name)
+                for line in figures(record):
+                    self.say(f"[evaluate {name}] {line}")
 
             if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
                 self._answer(name, folder)

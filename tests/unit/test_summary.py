@@ -9,7 +9,7 @@ from transmla.errors import RecipeError
 from transmla.evaluate.intervals import paired_difference, standard_error, student_t, wilson
 from transmla.evaluate.perplexity import compare, full_float32
 from transmla.evaluate.settings import Requirement
-from transmla.evaluate.summary import check_thresholds, compare_tasks, measured, missed, recovered
+from transmla.evaluate.summary import check_thresholds, compare_tasks, figures, measured, missed, recovered
 from transmla.evaluate.tables import recovered_table, task_tables
 from transmla.evaluate.tasks import Answers
 
@@ -48,6 +48,15 @@ def test_a_trainers_tf32_does_not_reach_the_measures() -> None:
         assert products.fp32_precision == "tf32"
     finally:
         products.fp32_precision = before
+
+
+def test_figures_of_one_model_are_said_before_the_report() -> None:
+    quality = {"news": {"kl": 0.12345, "perplexity": 26.4371, "top1": 0.675}}
+    assert figures({"quality": quality, "tasks": {"boolq": {"acc": 0.4128, "count": 3270}}}) == [
+        "news: KL 0.1235, perplexity 26.437, top-1 67.5 %",
+        "boolq: accuracy 41.3 % of 3,270",
+    ]
+    assert figures({}) == []
 
 
 def test_intervals() -> None:

@@ -13,6 +13,16 @@ from transmla.evaluate.tasks import Answers
 ACCURACIES = {"acc": ("correct", "picked"), "acc_norm": ("correct_norm", "picked_norm")}
 
 
+def figures(record: dict[str, Any]) -> list[str]:
+    """What one model's evaluation found, a line each, to be read before the other models' are done."""
+    lines = [
+        f"{data}: KL {quality['kl']:.4f}, perplexity {quality['perplexity']:.3f}, top-1 {100 * quality['top1']:.1f} %"
+        for data, quality in record.get("quality", {}).items()
+    ]
+    lines += [f"{task}: accuracy {100 * found['acc']:.1f} % of {found['count']:,}" for task, found in record.get("tasks", {}).items()]
+    return lines
+
+
 def compare_tasks(tasks: dict[str, Any], answers: dict[str, dict[str, Answers]]) -> dict[str, Any]:
     """Summaries by model and task, with differences to the teacher and the mean over the tasks.
 

@@ -14,7 +14,8 @@ from transmla.entries import Part, data_names
 from transmla.evaluate.tasks import digests
 from transmla.preflight import Prepared
 from transmla.recipe_model import ModelSource
-from transmla.recipe_write import Solve, Traces
+from transmla.recipe_stages import AnyStage
+from transmla.recipe_write import Solve, Traces, is_synthetic
 from transmla.sources import identity
 
 FORMAT = 2  # raise it when the same settings would give another result than before
@@ -30,7 +31,7 @@ COSMETIC = (
     "dataloader_pin_memory",
 )
 # Keys of a stage that came later, with what they are where nobody names them: stages made before are still good.
-LATER = (("logits", 0.0), ("relative_learning_rate", False))
+LATER = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
 COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it
 
 # Keys of a trainer that decide which tokens make which row.
@@ -48,6 +49,12 @@ PREPARATION = (
     "pad_token",
     "dataset_kwargs",
 )
+
+
+def _rows(stage: AnyStage) -> dict[str, int]:
+    """Marks the stages whose rows or batches are others than they once were: short rows joined, an epoch's rest left out."""
+    changed = stage.trainer.get("packing_strategy") == "wrapped" or getattr(stage, "compile", False)
+    return {"rows": 2} if changed else {}
 
 
 class Fingerprints:
@@ -106,6 +113,8 @@ class Fingerprints:
         entry = next(entry for entry in self.recipe.write if entry.name == name)
         heldout = self._exams() if isinstance(entry, Traces) else []
         settings = entry.model_dump(mode="json", include={"keep", "format", "tokens", "engine"})
+        if is_synthetic(entry):
+            settings["synthetic"] = True  # what was written before says nothing of it
         return fingerprint({"input": self.drawing(name), "settings": settings, "heldout": heldout})
 
     def replies(self, model: str, name: str) -> str:
@@ -146,6 +155,7 @@ class Fingerprints:
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
         settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}
+        settings |= _rows(stage)
         if stage.kind == "distill":
             settings["record"].pop("folder")
             if isinstance(stage.teacher, ModelSource):
@@ -171,6 +181,7 @@ class Fingerprints:
                 "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer},
                 "record": stage.record.model_dump(mode="json", exclude={"folder"}),
             }
+            | _rows(stage)
         )
 
     @property

@@ -66,8 +66,11 @@ def require_disk(folder: Path, needed: int, key: str = "output_dir") -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new tensor may take on a GPU, or in the memory of the machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that new tensors may take on a GPU, or in the memory of the machine."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()  # what the allocator holds of tensors that are gone is free too
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def peak_memory(device: str) -> int:

@@ -28,7 +28,9 @@ from transmla.evaluate.report import MODELS, write_report
 from transmla.evaluate.summary import figures, missed
 from transmla.fingerprints import Fingerprints
 from transmla.hardware import peak_memory, reset_peak_memory, use_cores
+from transmla.plan import count_parameters, training_memory
 from transmla.preflight import Prepared
+from transmla.recipe_stages import AnyStage
 from transmla.recordings import Recordings, is_recorded
 from transmla.sources import check_facts, fetch, load_model
 from transmla.teachers import Teachers
@@ -163,8 +165,11 @@ class Pipeline(Writer, Recordings, Teachers):
                 result = train_on_policy(stage, student, self.teacher, self.tokenizer, data, work, key=key, **settings)
             else:
                 config = trainer_config(stage, work, **settings)
+                if getattr(stage, "keep_teacher", False) and self.state.num_processes > 1:
+                    self.say(f"[{label}] keep_teacher is for one process; of {self.state.num_processes}, the teacher reads every batch")
                 trainer = build_trainer(
-                    stage, student, self._teacher_of(stage), self.tokenizer, config, data, scales=self._scales()
+                    stage, student, self._teacher_of(stage), self.tokenizer, config, data,
+                    scales=self._scales(), reserve=self._training_memory(stage), key=f"recover.{index}",
                 )
                 if is_recorded(stage):
                     self._read_recording(index, trainer)
@@ -183,6 +188,11 @@ class Pipeline(Writer, Recordings, Teachers):
         self.state.wait_for_everyone()
         del student
         gc.collect()
+
+    def _training_memory(self, stage: AnyStage) -> int:
+        """Rough bytes that a stage needs of a device, counted without weights."""
+        config = self.prepared.config
+        return training_memory(stage, count_parameters(config, self.prepared.geometry), config, self.prepared.dtype)
 
     def export(self) -> None:
         """The final checkpoint, published only when a fresh process agrees with the student."""

@@ -141,7 +141,10 @@ def _kept_states(stage: AnyStage, config: PretrainedConfig, dtype: torch.dtype) 
     """What a kept teacher takes besides; how many rows the data has is not known before it is tokenized."""
     if not (stage.kind == "distill" and stage.keep_teacher):
         return ""
-    row = int(stage.trainer.get("max_length", 1024)) * config.hidden_size * torch.finfo(dtype).bits // 8
+    width = config.hidden_size if isinstance(stage.teacher, str) else 0  # another teacher's is not known here
+    if not width:
+        return ", and the teacher's states of every row of the data"
+    row = int(stage.trainer.get("max_length", 1024)) * width * torch.finfo(dtype).bits // 8
     return f", and {row / 2**20:.1f} MiB for every row of the data, for the teacher's states"
 
 

@@ -112,12 +112,13 @@ class Distill(TrainerStage):
 
     divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
         final_temperature: what it has become, linearly, in the last step.
-    cross_entropy: share of the loss.
+    cross_entropy: share of the loss of tokens that no model wrote; synthetic_cross_entropy: of all tokens.
     trunk_learning_rate: of the weights outside the attentions, as a share of the learning rate; with `train: all`.
     teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may be
         padded otherwise.
     keep_teacher: the teacher's final hidden states stay on the device, so that it reads every row once, however often the
-        student does; with `packing_strategy: wrapped`, whose rows are of one length.
+        student does; with `packing_strategy: wrapped`, whose rows are of one length. Of one process: of several, each would meet
+        other rows in every pass, and the teacher reads them all.
     """
 
     kind: Literal["distill"]
@@ -127,6 +128,7 @@ class Distill(TrainerStage):
     temperature: PositiveFloat = 1.0
     final_temperature: PositiveFloat | None = None
     cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    synthetic_cross_entropy: bool = False
     trunk_learning_rate: PositiveFloat = 1.0
     teacher: Literal["source", "recorded"] | ModelSource = "source"
     keep_teacher: bool = False
@@ -140,8 +142,13 @@ class Distill(TrainerStage):
             raise ValueError("a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1")
         if self.keep_teacher and self.teacher == "recorded":
             raise ValueError("a recorded teacher is on disk already; leave keep_teacher out")
+        if self.synthetic_cross_entropy and not self.cross_entropy:
+            raise ValueError("synthetic_cross_entropy says of which tokens the cross-entropy is; set cross_entropy, or leave it out")
         if self.keep_teacher and self.trainer.get("packing_strategy") != "wrapped":
             raise ValueError("keep_teacher needs rows of one length; use trainer.packing_strategy: wrapped")
+        for key, needed in (("packing", True), ("padding_free", False), ("pad_to_multiple_of", None)):
+            if self.keep_teacher and self.trainer.get(key, needed) != needed:
+                raise ValueError(f"keep_teacher needs rows of one length; leave trainer.{key} out")
         return self
 
 

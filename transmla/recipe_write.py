@@ -131,6 +131,12 @@ class Text(Writing):
         return self
 
 
+def is_synthetic(entry: Traces | Text) -> bool:
+    """Whether what is written is text of the model's own, which nobody chose: not the replies that a checker accepted, nor
+    conversations and completions, whose cross-entropy somebody asked for by their columns."""
+    return isinstance(entry, Text) or (entry.format == "text" and entry.keep != "accepted")
+
+
 WRITINGS = {"traces": Traces, "text": Text}
 AnyWriting = Annotated[Traces | Text, Field(discriminator="kind")]
 

@@ -15,7 +15,7 @@ from transmla.data.generate import ModelSampler, Sample
 from transmla.data.problems import load_problems, normal
 from transmla.data.sources import load_one
 from transmla.data.write import Questions, write_traces
-from transmla.recipe_write import Problems, Traces
+from transmla.recipe_write import Problems, Traces, is_synthetic
 from transmla.sources import _random_model
 from transmla.compose import load_recipe
 
@@ -70,10 +70,9 @@ def test_what_is_written(written: Path) -> None:
     found = [row["text"].split("\ufffd")[0].encode()[:9] for row in rows(written, "continued")]
     assert all(any(start in text for text in texts) for start in found) and len(set(found)) > 3
     assert not any(text.startswith(start) for start in found for text in texts)  # nor from the beginning
-    # A cross-entropy leaves out what the teacher wrote by itself, not the replies that a checker chose.
+    # A cross-entropy leaves out what nobody chose: of these replies, too, all were kept.
     marks = {name: load_one(str(written / "written" / name / "data.yaml"), "k") for name in ("own", "continued", "legs")}
-    assert all(marks["own"]["synthetic"]) and all(marks["continued"]["synthetic"])
-    assert marks["legs"].column_names == ["text"]
+    assert all(all(data["synthetic"]) for data in marks.values())
     assert [row["problem"] for row in rows(written, "legs")] == [number for number in range(6) for _ in range(2)]
 
 
@@ -177,5 +176,7 @@ def test_traces_are_checked_and_told_apart(tmp_path) -> None:
         "problems": 3, "written": 9, "finished": 8, "accepted": 5, "duplicates": 1, "held_out": 2, "kept": 2, "tokens": 0,
     }
     kept = load_one(str(tmp_path / "data.yaml"), "k")
+    assert not is_synthetic(entry) and not is_synthetic(entry.model_copy(update={"format": "text"}))
+    assert is_synthetic(entry.model_copy(update={"format": "text", "keep": "finished"}))
     assert kept["completion"] == [tokenizer.decode(samples[0].tokens), tokenizer.decode(samples[4].tokens)]
     assert kept["prompt"] == asked.texts[:2]

@@ -88,6 +88,7 @@ def test_openings_are_what_their_script_makes() -> None:
     [
         ("columns: {text: text}", "exactly one of hub and path"),
         ("path: a.jsonl\ncolumns: {prompt: p}", "prompt and completion"),
+        ("path: a.jsonl\ncolumns: {messages: m}\nsynthetic: true", "synthetic is for text"),
         ("path: a.jsonl\ncolums: {text: t}", "colums"),
     ],
 )

@@ -1,6 +1,8 @@
 """The rows a trainer sees, and a teacher that reads each of them once."""
 
+import ctypes
 import json
+import os
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
 from transmla.data.mixture import load_mixture
 from transmla.errors import RecipeError
 from transmla.recipe_stages import Distill
-from transmla.recover.rows import TEACHER_ONLY, token_rows, whole_rows
+from transmla.recover.rows import PARALLEL, TEACHER_ONLY, are_whole, token_rows, whole_rows
+from transmla.recover.record import packed_trainer
 from transmla.recover.run import build_trainer, trainer_config
 from transmla.recover.teacher_states import TeacherStates
 from transmla.recover.topk import data_digest
@@ -59,6 +62,40 @@ def test_wrapped_rows_are_of_one_length(tmp_path, words) -> None:
     assert whole_rows(short, config) is short
 
 
+def test_short_rows_are_joined_not_lost(tmp_path) -> None:
+    stage = stage_of(packing_strategy="wrapped", max_length=4)
+    config = trainer_config(stage, tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    ids = [[1, 2, 3, 4], [5, 6], [7, 8, 9, 10], [11, 12, 13], [14], [15, 16, 17]]
+    data = Dataset.from_dict({"input_ids": ids, "labels": [[-token for token in row] for row in ids]})
+    rows = whole_rows(data, config)
+    assert rows["input_ids"] == [[1, 2, 3, 4], [7, 8, 9, 10], [5, 6, 11, 12], [13, 14, 15, 16]]  # 17 fills no row
+    assert rows["labels"] == [[-token for token in row] for row in rows["input_ids"]]
+    assert are_whole(rows, config) and not are_whole(data, config)
+    other = trainer_config(stage_of(max_length=4), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    assert whole_rows(data, other) is data
+
+
+def test_a_recording_is_of_the_trainers_wrapped_rows(tmp_path, words) -> None:
+    stage = stage_of(packing_strategy="wrapped")
+    config = trainer_config(stage, tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    trainer = build_trainer(stage, *(tiny_model(vocab_size=VOCAB) for _ in range(2)), words, config, text(), scales=[])
+    assert data_digest(packed_trainer(text(), words, config).train_dataset) == data_digest(trainer.train_dataset)
+
+
+def test_tokenizers_work_in_parallel_after_a_map_on_several_processes(tmp_path, words, monkeypatch) -> None:
+    """`datasets` switches them off in the process, and on again only where Python can see it."""
+    config = trainer_config(stage_of(), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    process = ctypes.CDLL(None)
+    process.getenv.restype = ctypes.c_char_p
+    for chosen in (None, "false"):
+        monkeypatch.delenv(PARALLEL, raising=False)
+        if chosen is not None:
+            monkeypatch.setenv(PARALLEL, chosen)
+        os.putenv(PARALLEL, "false")
+        token_rows(text(), words, config)
+        assert process.getenv(PARALLEL.encode()) == (None if chosen is None else b"false")
+
+
 def test_tokens_of_synthetic_text_have_the_divergence_alone(tmp_path, words) -> None:
     """Of a mixture: labels say which, through trl's packing, and the loss is that of its two groups of tokens."""
     (tmp_path / "people.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text()["text"][:20]))
@@ -88,6 +125,9 @@ def test_tokens_of_synthetic_text_have_the_divergence_alone(tmp_path, words) -> 
         found = trainer.objective(trainer.model, batch)
     assert int(found.tokens) == human.numel()
     assert float(found.total) == pytest.approx(float(wanted), rel=1e-5)
+    every = stage.model_copy(update={"synthetic_cross_entropy": True})
+    trainer = build_trainer(every, student, teacher, words, config, data, scales=[])
+    assert trainer.train_dataset["labels"] == trainer.train_dataset["input_ids"]
 
 
 def test_a_mixture_without_cross_entropy_marks_nothing(tmp_path, words) -> None:
@@ -95,6 +135,10 @@ def test_a_mixture_without_cross_entropy_marks_nothing(tmp_path, words) -> None:
     data = text().add_column("synthetic", [True] * len(text()))
     plain, marked = token_rows(data, words, config), token_rows(data, words, config, mark_synthetic=True)
     assert plain.to_list() == token_rows(text(), words, config).to_list()
+    named = trainer_config(stage_of(eos_token="<s>"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    assert token_rows(data, words, named).column_names == ["text"]
+    with pytest.raises(RecipeError, match="trainer.eos_token"):
+        token_rows(data, words, named, mark_synthetic=True)
     assert set(sum(marked["labels"], [])) == {TEACHER_ONLY}
     assert data_digest(plain) == data_digest(marked)  # a recording is of the same tokens
 
@@ -132,25 +176,39 @@ def test_states_of_a_row_are_its_own() -> None:
     assert torch.equal(kept([4, 3, 0], lambda: pytest.fail("all of them were seen")), states[[4, 3, 0]])
 
 
-def test_no_room_for_the_states_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_the_states_is_said_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1024, 2048))
     for device in ("cuda", "cpu"):
         with pytest.raises(RecipeError, match="keep_teacher.*GiB of the teacher's states"):
             TeacherStates(10**7, 2048, 576, dtype=torch.bfloat16, device=torch.device(device))
+    TeacherStates(1, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(RecipeError, match="beside 1024.0 GiB of training"):
+        TeacherStates(1, 2, 3, dtype=torch.float32, device=torch.device("cpu"), reserve=2**40)
+    with pytest.raises(RecipeError, match="does not fill one row of 5000 tokens"):
+        distill(tmp_path, keep=True, epochs=1, max_length=5000)
 
 
 @pytest.mark.parametrize(
     "fields, message",
-    [({"teacher": "recorded"}, "on disk already"), ({"trainer": {"packing_strategy": "bfd_split"}}, "rows of one length")],
+    [
+        ({"teacher": "recorded"}, "on disk already"),
+        ({"trainer": {"packing_strategy": "bfd_split"}}, "rows of one length"),
+        ({"trainer": {"packing_strategy": "wrapped", "packing": False}}, "trainer.packing"),
+        ({"trainer": {"packing_strategy": "wrapped", "padding_free": True}}, "trainer.padding_free"),
+        ({"trainer": {"packing_strategy": "wrapped", "pad_to_multiple_of": 16}}, "trainer.pad_to_multiple_of"),
+        ({"synthetic_cross_entropy": True}, "set cross_entropy"),
+    ],
 )
 def test_a_kept_teacher_needs_rows_of_one_length(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Distill(**{"kind": "distill", "data": ["x"], "tokens": 1, "keep_teacher": True, "trainer": {"packing_strategy": "wrapped"}} | fields)
 
 
-@pytest.mark.parametrize("batch, dropped", [(3, True), (500, False)])
-def test_compiled_stages_take_whole_batches_where_there_is_one(batch: int, dropped: bool, tmp_path) -> None:
-    trainer = make_trainer("distill", tmp_path, batch=batch, stage={"compile": True}, packing_strategy="wrapped")
+@pytest.mark.parametrize("batch, dropped, named", [(3, True, {}), (500, False, {}), (3, False, {"dataloader_drop_last": False})])
+def test_compiled_stages_take_whole_batches_where_there_is_one(batch: int, dropped: bool, named: dict, tmp_path) -> None:
+    trainer = make_trainer("distill", tmp_path, batch=batch, stage={"compile": True}, packing_strategy="wrapped", **named)
     assert trainer.args.dataloader_drop_last is dropped
+    if named:
+        return
     sizes = {len(batch["input_ids"]) for batch in trainer.get_train_dataloader()}
     assert sizes == ({3} if dropped else {len(trainer.train_dataset)})

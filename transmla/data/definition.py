@@ -42,7 +42,7 @@ class DataDefinition(Section):
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
     join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
     separator: for `.txt` and `.txt.gz` files, what stands between two rows.
-    synthetic: a model wrote it. The cross-entropy of a distillation leaves its tokens out: how people write is not in them.
+    synthetic: a model wrote the `text`. The cross-entropy of a distillation leaves its tokens out: how people write is not in them.
     """
 
     hub: str | None = None
@@ -77,6 +77,8 @@ class DataDefinition(Section):
             raise ValueError(
                 "columns must name text, or messages, or prompt and completion, or problem and answer (or give a template)"
             )
+        if self.synthetic and self.template is None and "text" not in self.columns:
+            raise ValueError("synthetic is for text; of conversations and completions the columns say what is learnt")
         if self.join is not None and self.template is None and "text" not in self.columns:
             raise ValueError("join is for text; conversations stay apart")
         return self

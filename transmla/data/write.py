@@ -19,7 +19,7 @@ from transmla.data.problems import ProblemSet, messages_of, normal, opening, pro
 from transmla.data.sources import load_many
 from transmla.data.windows import documents
 from transmla.errors import RecipeError
-from transmla.recipe_write import Problems, Text, Traces
+from transmla.recipe_write import Problems, Text, Traces, is_synthetic
 
 DATA, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
 CHARACTERS = 16  # of text that surely hold a token of it
@@ -99,7 +99,7 @@ def write_traces(
             counts["tokens"] += len(sample.tokens)
             row = _row(asked, index, reply, entry) | {"problem": problem.number, "accepted": right, "finished": sample.finished}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    _define(folder, COLUMNS[entry.format])  # a checker chose them: their tokens are worth a cross-entropy
+    _define(folder, COLUMNS[entry.format], entry)
     return counts
 
 
@@ -190,11 +190,13 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
                 counts["tokens"] += len(sample.tokens) + sample.finished
                 row = {"text": text, "tokens": tokens, "finished": sample.finished}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    _define(folder, COLUMNS["text"], synthetic=True)
+    _define(folder, COLUMNS["text"], starts.entry)
     return counts
 
 
-def _define(folder: Path, columns: tuple[str, ...], **more: object) -> None:
+def _define(folder: Path, columns: tuple[str, ...], entry: Traces | Text) -> None:
     """The data definition beside the rows, by which stages, and other recipes, read them."""
-    content = {"path": DATA, "columns": {name: name for name in columns}, "about": "Written by the recipe's teacher."} | more
+    content = {"path": DATA, "columns": {name: name for name in columns}, "about": "Written by the recipe's teacher."}
+    if is_synthetic(entry):
+        content["synthetic"] = True
     (folder / DEFINITION).write_text(yaml.safe_dump(content))

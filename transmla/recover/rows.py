@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as compute
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from transmla.data.sources import SYNTHETIC
+from transmla.errors import RecipeError
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
 ROW = "row"  # column and batch key: which row of the packed dataset this is
@@ -27,10 +30,21 @@ def token_rows(
 
     Args:
         mark_synthetic: texts of a model's own (column `synthetic`) get the label `TEACHER_ONLY`.
+
+    Raises:
+        RecipeError: synthetic text would have to be marked, and trl has to tokenize.
     """
-    changed = config.eos_token is not None or config.chat_template_path is not None or bool(config.dataset_kwargs)
-    if "text" not in data.column_names or changed or tokenizer.eos_token is None:
-        return data.remove_columns(SYNTHETIC) if SYNTHETIC in data.column_names else data
+    keys = [key for key in ("eos_token", "chat_template_path", "dataset_kwargs") if getattr(config, key)]
+    if "text" not in data.column_names or keys or tokenizer.eos_token is None:
+        if SYNTHETIC not in data.column_names:
+            return data
+        if mark_synthetic and any(data[SYNTHETIC]):
+            reason = f"trainer.{keys[0]}" if keys else "a tokenizer without an end token"
+            raise RecipeError(
+                "recover.N.cross_entropy",
+                f"synthetic text cannot be left out of it with {reason}; use synthetic_cross_entropy: true, or cross_entropy: 0",
+            )
+        return data.remove_columns(SYNTHETIC)
     end = tokenizer.eos_token
     if PARALLEL not in os.environ:
         os.unsetenv(PARALLEL)  # an earlier `map` on several processes leaves it off where Python does not see it
@@ -42,20 +56,40 @@ def token_rows(
         labels = [[TEACHER_ONLY] * len(row) if by_model else row for row, by_model in zip(ids, own, strict=True)]
         return {"input_ids": ids, "labels": labels}
 
-    return data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing train dataset")
+    with PartialState().main_process_first():  # the others find it in the cache, as trl has it
+        return data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing train dataset")
 
 
 def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:
-    """Packed rows without the short ones that `wrapped` leaves, one for every thousand documents.
+    """Rows of `wrapped` packing, all of one length: the short ones, which every thousand documents leave, joined and cut again.
 
-    A single short row in a batch needs a mask, which costs the kernels that go without, and a compiled layer another graph.
-    Where there are none but short rows they stay.
+    A single short row in a batch needs a mask, which costs the kernels that go without, and a compiled layer another graph. What
+    is left in the end, less than a row, is dropped, unless there is nothing else.
     """
     if not config.packing or config.packing_strategy != "wrapped":
         return data
-    lengths = compute.list_value_length(data.with_format("arrow")[:]["input_ids"]).to_numpy()
-    whole = (lengths == config.max_length).nonzero()[0]
-    return data if len(whole) in (0, len(data)) else data.select(whole)
+    lengths = _lengths(data)
+    short, length = (lengths != config.max_length).nonzero()[0], config.max_length
+    if not len(short):
+        return data
+    columns = data.column_names
+    rest = data.select(short)[:]
+    joined = {column: [token for row in rest[column] for token in row] for column in columns}
+    count = len(joined["input_ids"]) // length
+    cut = {column: [tokens[start * length : (start + 1) * length] for start in range(count)] for column, tokens in joined.items()}
+    whole = data.select((lengths == length).nonzero()[0])
+    if not count:
+        return whole if len(whole) else data
+    return concatenate_datasets([whole, Dataset.from_dict(cut, features=whole.features)])
+
+
+def are_whole(data: Dataset, config: SFTConfig) -> bool:
+    """Whether every row has the length that the configuration names."""
+    return bool((_lengths(data) == config.max_length).all())
+
+
+def _lengths(data: Dataset) -> np.ndarray:
+    return compute.list_value_length(data.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]).to_numpy()
 
 
 def attach_rows(data: Dataset) -> Dataset:

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
+from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe_stages import AnyStage
 from transmla.recover.adapters import lora_config, merge_adapters
@@ -24,7 +25,7 @@ from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
-from transmla.recover.rows import carry_rows, token_rows, whole_rows
+from transmla.recover.rows import are_whole, carry_rows, token_rows, whole_rows
 from transmla.recover.teacher_states import TeacherStates
 from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
@@ -79,6 +80,8 @@ def build_trainer(
     data: Dataset,
     *,
     scales: list[float],
+    reserve: int = 0,
+    key: str = "recover.N",
 ) -> RecoveryTrainer:
     """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
 
@@ -86,6 +89,11 @@ def build_trainer(
         teacher: None where the stage needs none.
         data: text, messages, or prompt and completion (or token ids, as trl takes them).
         scales: E|output|² of every attention of the source.
+        reserve: bytes of the device that training needs, which a kept teacher must leave.
+        key: of the stage in the recipe, for errors.
+
+    Raises:
+        RecipeError: a teacher is to be kept that the device has no room for, or text that fills no row.
     """
     if stage.train != "all" and teacher is not None:
         share_trunk(student, teacher)
@@ -95,7 +103,7 @@ def build_trainer(
             parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
-    mixed = stage.kind == "distill" and stage.cross_entropy > 0.0
+    mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
     common = {"train_dataset": token_rows(data, tokenizer, config, mark_synthetic=mixed), "processing_class": tokenizer}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)
@@ -116,15 +124,23 @@ def build_trainer(
     if stage.relative_learning_rate:
         trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
     trainer.train_dataset = whole_rows(trainer.train_dataset, config)
-    if stage.kind == "distill" and stage.keep_teacher:
-        rows, width = len(trainer.train_dataset), teacher.config.hidden_size
-        trainer.states = TeacherStates(rows, config.max_length, width, dtype=teacher.dtype, device=config.device)
-        carry_rows(trainer)
+    if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1:
+        _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
-        _only_whole_batches(trainer)
+        if "dataloader_drop_last" not in stage.trainer:
+            _only_whole_batches(trainer)
     trainer.add_callback(_Progress(trainer))
     return trainer
+
+
+def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:
+    data, config, teacher = trainer.train_dataset, trainer.args, trainer.teacher
+    if not are_whole(data, config):
+        raise RecipeError(key, f"the text does not fill one row of {config.max_length} tokens; lower trainer.max_length")
+    size = (len(data), config.max_length, teacher.config.hidden_size)
+    trainer.states = TeacherStates(*size, dtype=teacher.dtype, device=config.device, reserve=reserve, key=key)
+    carry_rows(trainer)
 
 
 def _only_whole_batches(trainer: RecoveryTrainer) -> None:

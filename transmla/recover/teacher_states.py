@@ -15,10 +15,11 @@ class TeacherStates:
     """Final hidden states of packed rows of one length, on the device: [rows, T, D] in the teacher's dtype.
 
     The states are what the loss reads, so that a pass over kept rows is the same as one with the teacher. A batch with a row that
-    was not seen yet is computed whole. Of several processes each keeps what it has seen itself.
+    was not seen yet is computed whole.
 
     Args:
         rows: of the packed dataset. length: T. width: D.
+        reserve: bytes of the device that training needs besides.
         key: recipe key, for errors.
 
     Raises:
@@ -26,15 +27,22 @@ class TeacherStates:
     """
 
     def __init__(
-        self, rows: int, length: int, width: int, *, dtype: torch.dtype, device: torch.device, key: str = "recover.N.keep_teacher"
+        self,
+        rows: int,
+        length: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserve: int = 0,
+        key: str = "recover.N.keep_teacher",
     ) -> None:
-        needed = rows * length * width * dtype.itemsize
-        free = free_memory(device)
-        if needed > free:
+        needed, free = rows * length * width * dtype.itemsize, free_memory(device)
+        if needed + reserve > free:
             raise RecipeError(
                 key,
-                f"{rows:,} rows of {length:,} tokens are {needed / 2**30:.1f} GiB of the teacher's states, {free / 2**30:.1f} are "
-                "free on the device; leave it out, or train on less text",
+                f"{rows:,} rows of {length:,} tokens are {needed / 2**30:.1f} GiB of the teacher's states beside {reserve / 2**30:.1f} "
+                f"GiB of training, {free / 2**30:.1f} are free on the device; leave it out, or train on less text",
             )
         self.states = torch.empty(rows, length, width, dtype=dtype, device=device)
         self.seen = [False] * rows

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -123,10 +124,21 @@ def draw(
             return
         chosen = chosen or sampler()
         own = wanted[0][state.process_index :: state.num_processes]
-        for batch in tqdm(own, desc=name, unit="batch", disable=not state.is_main_process):
-            started = time.monotonic()
-            samples = chosen(prompts_of(batch), settings, batch_seed(seed, name, batch))
-            parts.append(state.process_index, batch, samples, time.monotonic() - started)
+        # While a batch is drawn, the next one's prompts are made and the last one is stored, by one other thread.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            prompts, storing = beside.submit(prompts_of, own[0]) if own else None, None
+            for place, batch in enumerate(tqdm(own, desc=name, unit="batch", disable=not state.is_main_process)):
+                asked = prompts.result()
+                if place + 1 < len(own):
+                    prompts = beside.submit(prompts_of, own[place + 1])
+                started = time.monotonic()
+                samples = chosen(asked, settings, batch_seed(seed, name, batch))
+                taken = time.monotonic() - started
+                if storing is not None:
+                    storing.result()
+                storing = beside.submit(parts.append, state.process_index, batch, samples, taken)
+            if storing is not None:
+                storing.result()
         state.wait_for_everyone()
 
 
@@ -136,13 +148,17 @@ def all_of(count: int) -> Callable[[Drawn], list[int]]:
 
 
 def until(tokens: int, processes: int) -> Callable[[Drawn], list[int]]:
-    """`missing` of a drawing that goes on until so many tokens are there; a batch a process in each round."""
+    """`missing` of a drawing that goes on until so many tokens are there: as many batches as will hardly be too many after those that
+    are there, and one a process at least."""
 
     def missing(drawn: Drawn) -> list[int]:
         if enough(drawn, tokens) is not None:
             return []
-        free = (batch for batch in range(len(drawn) + processes) if batch not in drawn)
-        return list(islice(free, processes))
+        found = sum(place.tokens for place in drawn.values())
+        likely = (tokens - found) * len(drawn) // found if found else 0
+        count = max(processes, likely)
+        free = (batch for batch in range(len(drawn) + count) if batch not in drawn)
+        return list(islice(free, count))
 
     return missing
 

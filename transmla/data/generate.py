@@ -10,8 +10,9 @@ generator. Here rows that are done leave, from a cache that grows, or on a GPU b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -59,23 +60,33 @@ def batch_seed(seed: int, name: str, batch: int) -> int:
 
 
 def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token a row. logits: [B, V] -> [B]. top_p: the fewest likeliest tokens that reach it together."""
+    """Draw one token a row. logits: [B, V] -> [B]. top_p: the fewest likeliest tokens that reach it together.
+
+    Draws are exponential races, as torch.multinomial's are, which besides looks at the weights and so waits for the device: of
+    times E / p with E exponential, the first is token i with probability p_i.
+    """
     if settings.temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     if settings.top_p == 1:
-        return _draw(probabilities, generator)
+        race = _compiled_race() if logits.is_cuda else _race
+        times = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
+        return race(logits, times, 1.0 / settings.temperature)
+    probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
     ordered.masked_fill_(ordered.cumsum(-1) - ordered >= settings.top_p, 0.0)
-    return tokens.gather(1, _draw(ordered, generator)[:, None])[:, 0]
+    times = torch.empty_like(ordered).exponential_(generator=generator)
+    return tokens.gather(1, ordered.div_(times).argmax(-1, keepdim=True))[:, 0]
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """One outcome a row by an exponential race, in place. weights: [B, V], of any sum.
+def _race(logits: Tensor, times: Tensor, factor: float) -> Tensor:
+    """Whose time over its weight exp(factor · logit) is least, by logarithms. logits, times: [B, V] -> [B]."""
+    return (logits.float() * factor - times.log()).argmax(-1)
 
-    As torch.multinomial does it, which besides looks at the weights and so waits for the device.
-    """
-    return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+@cache
+def _compiled_race() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """One pass over the logits of a large vocabulary, where a softmax and a quotient are seven."""
+    return torch.compile(_race, dynamic=True)
 
 
 class ModelSampler:

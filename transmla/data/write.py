@@ -175,10 +175,10 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
     tokenizer, seen = starts.tokenizer, set()
     with (folder / DATA).open("w", encoding="utf-8") as lines:
         for prompts, samples in parts:
-            for prompt, sample in zip(prompts, samples, strict=True):
-                tokens = prompt + sample.tokens
-                special = 1 if tokens[:1] == starts.start else 0  # a trainer's tokenizer adds it again
-                text = tokenizer.decode(tokens[special:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            whole = [prompt + sample.tokens for prompt, sample in zip(prompts, samples, strict=True)]
+            # The start token is left out: a trainer's tokenizer adds it again.
+            texts = decoded([tokens[1:] if tokens[:1] == starts.start else tokens for tokens in whole], tokenizer)
+            for tokens, text, sample in zip(whole, texts, samples, strict=True):
                 counts["written"] += 1
                 counts["finished"] += sample.finished
                 same = normal(text)
@@ -192,6 +192,14 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     _define(folder, COLUMNS["text"], starts.entry)
     return counts
+
+
+def decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The exact texts of many token lists, on all cores where the tokenizer can; transformers decodes one after another."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None:
+        return fast.decode_batch(rows, skip_special_tokens=False)
+    return [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
 
 
 def _define(folder: Path, columns: tuple[str, ...], entry: Traces | Text) -> None:

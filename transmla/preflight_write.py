@@ -38,7 +38,8 @@ def check_written(recipe: Recipe, positions: int) -> None:
             if name.startswith("@"):
                 raise RecipeError(f"{key}.prefix_data", f"{name} is written text; name a data definition or a file")
             check_dataset(name, f"{key}.prefix_data", online=online)
-        _check_length(entry, key, positions, max(1, entry.prefix_tokens))
+        cue = max((len(cue.encode()) for cue in entry.cues), default=0)  # a token is a byte at least
+        _check_length(entry, key, positions, max(1, entry.prefix_tokens) + cue)
     for index, solve in enumerate(recipe.evaluate.solve):
         key = f"evaluate.solve.{index}"
         check_problems(solve.problems, f"{key}.problems", skip=solve.skip, limit=solve.limit, online=online)

@@ -115,12 +115,15 @@ class Text(Writing):
     tokens: at least so many are drawn. prefix_data, prefix_tokens: what is written is begun with so many tokens of these
         datasets, of a text from a random place, of a conversation the first ones, by the recipe's seed; 0: with the
         tokenizer's start (or end) token alone.
+    cues: texts of which one, drawn for every prefix, follows it, as "\\nQuestion:" has the teacher ask and answer about what
+        stands before; an empty one has it go on.
     """
 
     kind: Literal["text"]
     tokens: PositiveInt
     prefix_data: list[str] = []
     prefix_tokens: NonNegativeInt = 0
+    cues: list[str] = []
 
     @model_validator(mode="after")
     def _prefix(self) -> Text:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from accelerate import PartialState
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.convert import convert_model
@@ -11,8 +12,8 @@ from transmla.data import decoding
 from transmla.data.decoding import has_fixed_size
 from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
-from transmla.data.write import piece
-from transmla.recipe_write import Sampling
+from transmla.data.write import Starts, decoded, piece
+from transmla.recipe_write import Sampling, Text
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4)
 
@@ -213,3 +214,30 @@ def test_a_prefix_begins_with_a_word_anywhere_in_the_text() -> None:
     starts = [int(one[1:4]) for one in pieces if one[0] == "w"]
     assert len(starts) > 290 and min(starts) < 10 and max(starts) > 185 and len(set(starts)) > 120
     assert piece("short", 40, generator) == "short"
+
+
+def test_a_cue_follows_every_prefix(letters) -> None:
+    cues = ["", "\nQ:", " so"]
+    entry = Text(
+        name="w", kind="text", tokens=9, prefix_data=["sample_train"], prefix_tokens=7, cues=cues, batch_size=60, max_new_tokens=4
+    )
+    plain = Starts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0")
+    starts = Starts(entry, letters, seed=3, key="write.0")
+    found, prefixes = decoded(starts.prompts_of(2), letters), decoded(plain.prompts_of(2), letters)
+    assert all(text.startswith(prefix) for text, prefix in zip(found, prefixes, strict=True))
+    drawn = [text[len(prefix) :] for text, prefix in zip(found, prefixes, strict=True)]
+    assert {cue: drawn.count(cue) > 9 for cue in cues} == dict.fromkeys(cues, True) and len(drawn) == sum(map(drawn.count, cues))
+    again = Starts(entry, letters, seed=3, key="write.0")
+    assert starts.prompts_of(2) == again.prompts_of(2) != starts.prompts_of(1)
+
+
+def test_many_texts_are_decoded_as_each_alone(letters) -> None:
+    rows = [letters(text)["input_ids"] for text in ("one , two .", " \n", "", "don 't <|end|> é")]
+    assert decoded(rows, letters) == [letters.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+
+
+@pytest.fixture
+def letters() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")

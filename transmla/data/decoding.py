@@ -19,7 +19,7 @@ from transmla.modeling.backends import ONE_QUERY
 
 # Steps of one graph; capturing one costs some ten steps, and every step reads the whole buffer. Like the batch it is part of
 # what a seed means: rows that leave change which random numbers the others get.
-SEGMENT = 128
+SEGMENT = 192
 
 
 def has_fixed_size(model: PreTrainedModel, cache: Cache) -> bool:

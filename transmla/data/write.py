@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,21 @@ class Starts:
         if self.data is None and not starts:
             raise RecipeError(f"{key}.prefix_tokens", "the tokenizer has no start or end token; give prefix_data and prefix_tokens")
         self.start = starts[:1]
+        self.cues = [tokenizer(cue, add_special_tokens=False)["input_ids"] for cue in entry.cues]
+        self.made: dict[int, list[array]] = {}  # by batch, 4 bytes a token: they are asked for again when the text is put together
 
     def prompts_of(self, batch: int) -> list[list[int]]:
-        """Token ids of a batch's prompts."""
+        """Token ids of a batch's prompts: prefixes, with a cue after each where the entry has cues."""
+        if batch not in self.made:
+            found = self._prefixes(batch)
+            if self.cues:
+                generator = torch.Generator().manual_seed(batch_seed(self.seed, "cues", batch))
+                drawn = torch.randint(len(self.cues), (len(found),), generator=generator).tolist()
+                found = [prefix + self.cues[cue] for prefix, cue in zip(found, drawn, strict=True)]
+            self.made[batch] = [array("i", prompt) for prompt in found]
+        return [prompt.tolist() for prompt in self.made[batch]]
+
+    def _prefixes(self, batch: int) -> list[list[int]]:
         size = self.entry.batch_size
         if self.data is None:
             return [list(self.start) for _ in range(size)]

@@ -80,17 +80,42 @@ def test_rows_that_are_done_leave_between_segments(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decoding, "SEGMENT", 5)
     model, end = model_that_ends("llama")
     texts = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}).tokens for prompt in prompts()]
-    sizes, segment = [], decoding.Decoder._segment
+    sizes, segment = [], decoding.Decoder._steps
 
-    def counted(self, count: int) -> torch.Tensor:
+    def counted(self, count: int) -> None:
         sizes.append(len(self.tokens))
-        return segment(self, count)
+        segment(self, count)
 
-    monkeypatch.setattr(decoding.Decoder, "_segment", counted)
+    monkeypatch.setattr(decoding.Decoder, "_steps", counted)
     ModelSampler(model, Ends(), fixed=True)(prompts(), GREEDY, 0)
     # Token number n + 1, counted from 0, is the end; the first comes with the prompt, then five to a segment.
     wanted = [sum(len(text) > start for text in texts) for start in range(0, GREEDY.max_new_tokens - 1, 5)]
     assert sizes == [size for size in wanted if size] and sizes[0] > sizes[-1]
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_buffers_that_serve_several_batches(student: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is short is written on the buffers of the batch before, whose leftovers must not be seen, whatever its prompts were."""
+    model, end = model_that_ends("llama")
+    if student:
+        windows = torch.randint(1, VOCAB, (8, 32))
+        model = convert_model(model, settings(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2), windows).student
+        model.generation_config.eos_token_id = [end]
+    made, start = [], decoding.Decoder._start
+    monkeypatch.setattr(decoding.Decoder, "_start", lambda *args: (made.append(args[0]), start(*args))[1])
+    sampler = ModelSampler(model, Ends(), fixed=True)
+    generator = torch.Generator().manual_seed(8)
+    other = [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in (5, 2, 9, 13, 1)]
+    for asked in (prompts(), other, prompts(), [prompt[:4] for prompt in other]):
+        wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in asked]
+        assert sampler(asked, GREEDY, 0) == wanted
+    assert len(made) == 2  # 35 and 36 columns are both given 64; 27 have 32
+    warm = Sampling(max_new_tokens=12, temperature=1.0, batch_size=4)
+    fresh = ModelSampler(model, Ends(), fixed=True)(other, warm, 5)
+    assert [sampler(asked, warm, 5) for asked in (prompts(), other)][1] == fresh
+    assert ModelSampler(model, Ends(), fixed=True)(other, Sampling(max_new_tokens=1, temperature=0), 5) == [
+        plain(model, prompt, 1, {0, end}) for prompt in other
+    ]
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -1,8 +1,9 @@
 """Steps of one token a row on buffers of fixed size, which a CUDA graph replays.
 
 A step of a small model is a thousand short kernels, and launching them one by one takes longer than running them (some 100 ms
-a step for 30 layers, docs/recovery.md). A graph launches all of them at once, but replays the same sizes
-at the same addresses: hence buffers, in segments. Between two segments rows that are done leave and buffers grow.
+a step for 30 layers, docs/recovery.md). A graph launches all of them at once, but replays the same sizes at the same
+addresses: hence buffers. What is short is written in one segment, whose buffers and graph serve the next batches too; what is long
+in several, between which rows that are done leave and buffers grow.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transmla.modeling.backends import ONE_QUERY
 # Steps of one graph; capturing one costs some ten steps, and every step reads the whole buffer. Like the batch it is part of
 # what a seed means: rows that leave change which random numbers the others get.
 SEGMENT = 192
+COLUMNS = 32  # buffers that serve several batches have a multiple of so many: prompts differ a little in length
 
 
 def has_fixed_size(model: PreTrainedModel, cache: Cache) -> bool:
@@ -35,15 +37,29 @@ def has_fixed_size(model: PreTrainedModel, cache: Cache) -> bool:
 class Buffers(Cache):
     """Keys and values [B, G, S, E] of which `column` [1], on the device, is the next to be written."""
 
-    def __init__(self, filled: DynamicCache) -> None:
+    def __init__(self, filled: DynamicCache, length: int) -> None:
+        """Those of `filled`, which are taken out of it, with room for `length` columns."""
         super().__init__(layers=filled.layers)
-        first = filled.layers[0].keys
-        self.column = torch.full((1,), first.shape[2], device=first.device)
+        self.column = torch.full((1,), filled.layers[0].keys.shape[2], device=filled.layers[0].keys.device)
+        self.rearrange(None, length)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns."""
+        keys = self.layers[0].keys
+        return keys.shape[0], keys.shape[2]
 
     def rearrange(self, rows: Tensor | None, length: int) -> None:
         """Keep these rows (None: all), with room for `length` columns; layer by layer, so that one is there twice at most."""
         for layer in self.layers:
             layer.keys, layer.values = (_resized(states, rows, length) for states in (layer.keys, layer.values))
+
+    def refill(self, filled: DynamicCache) -> None:
+        """Start again in place from another cache; what stands in later columns is of the past, and for the mask to hide."""
+        for layer, new in zip(self.layers, filled.layers, strict=True):
+            layer.keys[:, :, : new.keys.shape[2]] = new.keys
+            layer.values[:, :, : new.values.shape[2]] = new.values
+        self.column.fill_(filled.layers[0].keys.shape[2])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):
         """Write one column; the whole buffers are returned, the mask hides what is not written yet."""
@@ -59,89 +75,125 @@ def _resized(states: Tensor, rows: Tensor | None, length: int) -> Tensor:
 
 
 class Decoder:
-    """Continues rows whose prompts are in a cache.
+    """Continues batches of rows whose prompts are in a cache.
 
     Args:
-        model: with `cache` from its prompts, all of one padded length.
-        mask: [B, T], which of the cache's columns a row may see.
-        tokens, positions: [B], the first token after the prompt, not in the cache yet, and its position.
         choose: from logits [B, V] to tokens [B]; nothing in it may wait for the device.
         ends: tokens that end a row.
         generator: what `choose` draws from.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: DynamicCache,
-        mask: Tensor,
-        tokens: Tensor,
-        positions: Tensor,
-        choose: Callable[[Tensor], Tensor],
-        ends: Tensor,
-        generator: torch.Generator,
+        self, model: PreTrainedModel, choose: Callable[[Tensor], Tensor], ends: Tensor, generator: torch.Generator
     ) -> None:
         self.model, self.choose, self.ends, self.generator = model, choose, ends, generator
-        self.buffers = Buffers(cache)
-        self.filled = mask.shape[1]
-        hidden = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(mask == 0, -torch.inf)
-        self.mask = hidden[:, None, None]
-        self.tokens, self.positions = tokens[:, None].clone(), positions[:, None].clone()
-        self.done = (tokens[:, None] == ends).any(1)
-        self.rows = torch.arange(len(tokens), device=tokens.device)
+        self.buffers: Buffers | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def run(self, steps: int) -> Tensor:
-        """[B, steps] tokens, -1 after a row's last step; those after an end token mean nothing."""
-        written = torch.full((len(self.tokens), steps), -1, device=self.tokens.device)
+    def run(self, cache: DynamicCache, mask: Tensor, tokens: Tensor, positions: Tensor, steps: int) -> Tensor:
+        """Write `steps` tokens after the prompts of one batch.
+
+        Args:
+            cache: of the prompts, all of one padded length; it is used up.
+            mask: [B, T], which of the cache's columns a row may see.
+            tokens, positions: [B], the first token after the prompt, not in the cache yet, and its position.
+
+        Returns:
+            [B, steps] tokens, -1 after a row's last step; those after an end token mean nothing.
+        """
+        if steps == 0:
+            return tokens.new_empty(len(tokens), 0)
         before = self.model.config._attn_implementation
         self.model.config._attn_implementation = ONE_QUERY
         try:
-            for start in range(0, steps, SEGMENT):
-                count = min(SEGMENT, steps - start)
-                left = (~self.done).nonzero()[:, 0]
-                if not len(left):
-                    break
-                self._keep(left, count)
-                written[self.rows, start : start + count] = self._segment(count)
+            if steps <= SEGMENT:
+                return self._whole(cache, mask, tokens, positions, steps)
+            return self._in_segments(cache, mask, tokens, positions, steps)
         finally:
             self.model.config._attn_implementation = before
+
+    def _whole(self, cache: DynamicCache, mask: Tensor, tokens: Tensor, positions: Tensor, steps: int) -> Tensor:
+        rows, filled = mask.shape
+        columns = -(-(filled + steps) // COLUMNS) * COLUMNS
+        if self.buffers is not None and self.buffers.size == (rows, columns):
+            self.buffers.refill(cache)
+            self.mask.fill_(-torch.inf)
+            self.mask[:, :, :, :filled] = _additive(mask)
+            self.tokens.copy_(tokens[:, None])
+            self.positions.copy_(positions[:, None])
+            self.done.copy_(self._ended(tokens[:, None]))
+            self.place.zero_()
+        else:
+            self._start(cache, mask, tokens, positions, columns)
+            self.chunk = torch.full((rows, SEGMENT), -1, device=tokens.device)
+        self._steps(steps)
+        return self.chunk[:, :steps].clone()
+
+    def _in_segments(self, cache: DynamicCache, mask: Tensor, tokens: Tensor, positions: Tensor, steps: int) -> Tensor:
+        written = torch.full((len(tokens), steps), -1, device=tokens.device)
+        rows, filled = torch.arange(len(tokens), device=tokens.device), mask.shape[1]
+        self._start(cache, mask, tokens, positions, filled)
+        for start in range(0, steps, SEGMENT):
+            count = min(SEGMENT, steps - start)
+            left = (~self.done).nonzero()[:, 0]
+            if not len(left):
+                break
+            filled += count
+            self._keep(left, filled)
+            rows = rows[left]
+            self.chunk = torch.full((len(rows), count), -1, device=tokens.device)
+            self.place.zero_()
+            self._steps(count)
+            written[rows, start : start + count] = self.chunk
+        self.buffers = self.graph = None
         return written
 
-    def _keep(self, left: Tensor, count: int) -> None:
+    def _start(self, cache: DynamicCache, mask: Tensor, tokens: Tensor, positions: Tensor, columns: int) -> None:
+        self.buffers = self.graph = None  # their memory goes before more is taken
+        self.buffers = Buffers(cache, columns)
+        self.mask = F.pad(_additive(mask), (0, columns - mask.shape[1]), value=-torch.inf)
+        self.tokens, self.positions = tokens[:, None].clone(), positions[:, None].clone()
+        self.done = self._ended(self.tokens)
+        self.place = torch.zeros(1, dtype=torch.long, device=tokens.device)
+
+    def _keep(self, left: Tensor, columns: int) -> None:
+        self.graph = None  # it replays the old sizes
         rows = None if len(left) == len(self.done) else left
-        self.buffers.rearrange(rows, self.filled + count)
+        self.buffers.rearrange(rows, columns)
         if rows is not None:
             self.mask, self.tokens, self.positions = self.mask[rows], self.tokens[rows], self.positions[rows]
-            self.done, self.rows = self.done[rows], self.rows[rows]
-        self.mask = F.pad(self.mask, (0, count), value=-torch.inf)
-        self.filled += count
+            self.done = self.done[rows]
+        self.mask = F.pad(self.mask, (0, columns - self.mask.shape[3]), value=-torch.inf)
 
-    def _segment(self, count: int) -> Tensor:
-        self.chunk = torch.full((len(self.tokens), count), -1, device=self.tokens.device)
-        self.place = torch.zeros(1, dtype=torch.long, device=self.tokens.device)
+    def _ended(self, tokens: Tensor) -> Tensor:
+        return (tokens == self.ends).any(1)
+
+    def _steps(self, count: int) -> None:
         if not self.tokens.is_cuda:
             for _ in range(count):
                 self._step()
-            return self.chunk
+            return
         with torch.cuda.device(self.tokens.device):
-            return self._replayed(count)
+            if self.graph is None:
+                count -= self._capture(count)
+            for _ in range(count):
+                self.graph.replay()
+            torch.cuda.synchronize()  # before a graph goes, and its memory with it
 
-    def _replayed(self, count: int) -> Tensor:
+    def _capture(self, count: int) -> int:
+        """Record a step, where more than one is asked for; returns how many were taken already."""
         stream = torch.cuda.Stream()  # the first step prepares, on a stream of its own, what a capture must not
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
         if count > 1:
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            self.graph = torch.cuda.CUDAGraph()
+            self.graph.register_generator_state(self.generator)
+            with torch.cuda.graph(self.graph):
                 self._step()
-            for _ in range(count - 1):
-                graph.replay()
-            torch.cuda.synchronize()  # the graph's memory goes with it
-        return self.chunk
+        return 1
 
     def _step(self) -> None:
         """One token for every row; all that changes, changes in place."""
@@ -156,7 +208,12 @@ class Decoder:
         ).logits[:, -1]
         chosen = self.choose(logits)
         self.chunk.index_copy_(1, self.place, chosen[:, None])
-        self.done |= (chosen[:, None] == self.ends).any(1)
+        self.done |= self._ended(chosen[:, None])
         self.tokens.copy_(chosen[:, None])
         for counter in (self.positions, self.buffers.column, self.place):
             counter += 1
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """[B, T], which columns a row may see -> [B, 1, 1, T], what is added to its logits."""
+    return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill_(mask == 0, -torch.inf)[:, None, None]

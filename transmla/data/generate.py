@@ -9,10 +9,10 @@ generator. Here rows that are done leave, from a cache that grows, or on a GPU b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +83,7 @@ def _race(logits: Tensor, times: Tensor, factor: float) -> Tensor:
     return (logits.float() * factor - times.log()).argmax(-1)
 
 
-@cache
+@functools.cache
 def _compiled_race() -> Callable[[Tensor, Tensor, float], Tensor]:
     """One pass over the logits of a large vocabulary, where a softmax and a quotient are seven."""
     return torch.compile(_race, dynamic=True)
@@ -102,12 +102,14 @@ class ModelSampler:
         self.model = model
         self.fixed = model.device.type == "cuda" if fixed is None else fixed
         self.ends = torch.tensor(sorted(end_tokens(model.generation_config, tokenizer)), device=model.device)
+        self.generator = torch.Generator(model.device)
+        self.decoders: dict[tuple[float, float], Decoder] = {}  # by temperature and top_p; a graph serves batches of one shape
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]:
         """Continue one batch. Prompts are padded on the left and keep their own positions: padding changes nothing."""
         device = self.model.device
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = self.generator.manual_seed(seed)
         longest = max(len(prompt) for prompt in prompts)
         padded = any(len(prompt) != longest for prompt in prompts)
         pad = int(self.ends[0]) if len(self.ends) else 0
@@ -118,15 +120,20 @@ class ModelSampler:
         cache = DynamicCache(config=self.model.config)
         first = self._next(tokens, mask if padded else None, positions, cache, settings, generator)
         if self.fixed and has_fixed_size(self.model, cache):
-            decoder = Decoder(
-                self.model, cache, mask, first, positions[:, -1] + 1, lambda logits: choose(logits, settings, generator),
-                self.ends, generator,
-            )
-            written = torch.cat([first[:, None], decoder.run(settings.max_new_tokens - 1)], dim=1)
+            rest = self._decoder(settings).run(cache, mask, first, positions[:, -1] + 1, settings.max_new_tokens - 1)
+            written = torch.cat([first[:, None], rest], dim=1)
         else:
             written = self._grown(first, mask, positions, cache, settings, generator, padded=padded)
         ends = set(self.ends.tolist())
         return [_cut(row, ends) for row in written.tolist()]
+
+    def _decoder(self, settings: Sampling) -> Decoder:
+        key = (settings.temperature, settings.top_p)
+        if key not in self.decoders:
+            self.decoders.clear()  # one at a time: its buffers are large
+            pick = functools.partial(choose, settings=settings, generator=self.generator)
+            self.decoders[key] = Decoder(self.model, pick, self.ends, self.generator)
+        return self.decoders[key]
 
     def _next(self, tokens, mask, positions, cache, settings, generator) -> Tensor:
         logits = self.model(

@@ -34,10 +34,12 @@ def check_written(recipe: Recipe, positions: int) -> None:
             check_problems(entry.problems, f"{key}.problems", skip=entry.skip, limit=entry.limit, online=online)
             _check_length(entry, key, positions, 1)
             continue
+        earlier = {f"@{before.name}" for before in recipe.write[:index] if not isinstance(before, Traces) or before.format == "text"}
         for name in entry.prefix_data:
-            if name.startswith("@"):
-                raise RecipeError(f"{key}.prefix_data", f"{name} is written text; name a data definition or a file")
-            check_dataset(name, f"{key}.prefix_data", online=online)
+            if not name.startswith("@"):
+                check_dataset(name, f"{key}.prefix_data", online=online)
+            elif name not in earlier:
+                raise RecipeError(f"{key}.prefix_data", f"{name} is no text of an entry before this one; put that first, or name other data")
         cue = max((len(cue.encode()) for cue in entry.cues), default=0)  # a token is a byte at least
         _check_length(entry, key, positions, max(1, entry.prefix_tokens) + cue)
     for index, solve in enumerate(recipe.evaluate.solve):

@@ -114,7 +114,7 @@ class Text(Writing):
 
     tokens: at least so many are drawn. prefix_data, prefix_tokens: what is written is begun with so many tokens of these
         datasets, of a text from a random place, of a conversation the first ones, by the recipe's seed; 0: with the
-        tokenizer's start (or end) token alone.
+        tokenizer's start (or end) token alone. `@NAME` among them is the text of an entry before this one.
     cues: texts of which one, drawn for every prefix, follows it, as "\\nQuestion:" has the teacher ask and answer about what
         stands before; an empty one has it go on.
     """

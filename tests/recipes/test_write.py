@@ -24,7 +24,8 @@ WRITE = """write=[
  {name: own, kind: text, tokens: 500, max_new_tokens: 60, batch_size: 4},
  {name: continued, kind: text, tokens: 250, prefix_data: [sample_train], prefix_tokens: 9, max_new_tokens: 50, batch_size: 3},
  {name: legs, kind: traces, samples: 2, max_new_tokens: 16, batch_size: 5, keep: all, format: text, limit: 6,
-  problems: {generator: leg_counting, size: 20, config: {min_animals: 1, max_animals: 2}, prompt: '{problem}'}}]""".replace("\n", "")
+  problems: {generator: leg_counting, size: 20, config: {min_animals: 1, max_animals: 2}, prompt: '{problem}'}},
+ {name: asked, kind: text, tokens: 120, prefix_data: ['@own'], prefix_tokens: 6, cues: [' Why?', ' So'], max_new_tokens: 30, batch_size: 4}]""".replace("\n", "")
 SOLVE = """evaluate.solve=[{name: legs, max_new_tokens: 16, batch_size: 3, limit: 7, skip: 6,
  problems: {generator: leg_counting, size: 20, config: {min_animals: 1, max_animals: 2}, prompt: '{problem}'}}]""".replace("\n", "")
 RECIPE = ["recipe=debug", "device=cpu", WRITE, SOLVE]
@@ -70,6 +71,9 @@ def test_what_is_written(written: Path) -> None:
     found = [row["text"].split("\ufffd")[0].encode()[:9] for row in rows(written, "continued")]
     assert all(any(start in text for text in texts) for start in found) and len(set(found)) > 3
     assert not any(text.startswith(start) for start in found for text in texts)  # nor from the beginning
+    starts = {row["text"].encode()[:6].decode(errors="replace") for row in rows(written, "own")}
+    asked = [row["text"] for row in rows(written, "asked")]
+    assert all(any(text.startswith((start + " Why?", start + " So")) for start in starts) for text in asked) and len(set(asked)) > 3
     # A cross-entropy leaves out what nobody chose: of these replies, too, all were kept.
     marks = {name: load_one(str(written / "written" / name / "data.yaml"), "k") for name in ("own", "continued", "legs")}
     assert all(all(data["synthetic"]) for data in marks.values())
@@ -117,7 +121,7 @@ def test_interrupted_writing_goes_on(written: Path, tmp_path, monkeypatch) -> No
         main(["traces", *RECIPE, f"output_dir={out}"])
     assert not (out / "written" / "own").exists()
     assert main(["traces", *RECIPE, f"output_dir={out}"]) == 0
-    for name in ("own", "continued", "legs"):
+    for name in ("own", "continued", "legs", "asked"):
         assert (out / "written" / name / "data.jsonl").read_bytes() == (written / "written" / name / "data.jsonl").read_bytes()
     drawn = sum(len(file.read_text().splitlines()) for file in (written / "written").glob("*.parts/*.jsonl"))
     assert len(calls) == drawn + 1  # the batch that died is all that was drawn twice

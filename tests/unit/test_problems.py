@@ -189,6 +189,14 @@ def test_seeds_of_generators_overlap() -> None:
         (["write=[{name: w, kind: tales}]"], "write.0.kind: unknown kind of stage; use one of: traces, text"),
         (["write=[{name: w, kind: text, tokens: 9, prefix_tokens: 4}]"], "write.0: prefix_data and prefix_tokens belong together"),
         (["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 512}]"], "write.0.max_new_tokens: 512 after a prompt"),
+        (
+            ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 8, prefix_data: ['@w'], prefix_tokens: 2}]"],
+            "write.0.prefix_data: @w is no text of an entry before this one",
+        ),
+        (
+            ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 4, cues: [" + "x" * 512 + "]}]"],
+            "write.0.max_new_tokens: 4 after a prompt",
+        ),
         (["recover.0.data=['@w']"], "recover.0.data: @w is no entry of the recipe's write (it writes nothing)"),
         (
             ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 8}]", "evaluate.data=['@w']"],

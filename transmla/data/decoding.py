@@ -21,7 +21,9 @@ from transmla.modeling.backends import ONE_QUERY
 # Steps of one graph; capturing one costs some ten steps, and every step reads the whole buffer. Like the batch it is part of
 # what a seed means: rows that leave change which random numbers the others get.
 SEGMENT = 192
-COLUMNS = 32  # buffers that serve several batches have a multiple of so many: prompts differ a little in length
+# Buffers have a multiple of so many columns. Rows of an odd number of weights in bfloat16 begin at addresses that matrix products cannot
+# read in whole words; and buffers that serve several batches have to fit prompts that differ a little in length.
+COLUMNS = 32
 
 
 def has_fixed_size(model: PreTrainedModel, cache: Cache) -> bool:
@@ -115,7 +117,7 @@ class Decoder:
 
     def _whole(self, cache: DynamicCache, mask: Tensor, tokens: Tensor, positions: Tensor, steps: int) -> Tensor:
         rows, filled = mask.shape
-        columns = -(-(filled + steps) // COLUMNS) * COLUMNS
+        columns = _columns(filled + steps)
         if self.buffers is not None and self.buffers.size == (rows, columns):
             self.buffers.refill(cache)
             self.mask.fill_(-torch.inf)
@@ -140,7 +142,7 @@ class Decoder:
             if not len(left):
                 break
             filled += count
-            self._keep(left, filled)
+            self._keep(left, _columns(filled))
             rows = rows[left]
             self.chunk = torch.full((len(rows), count), -1, device=tokens.device)
             self.place.zero_()
@@ -212,6 +214,10 @@ class Decoder:
         self.tokens.copy_(chosen[:, None])
         for counter in (self.positions, self.buffers.column, self.place):
             counter += 1
+
+
+def _columns(needed: int) -> int:
+    return -(-needed // COLUMNS) * COLUMNS
 
 
 def _additive(mask: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class Fingerprints:
                 "data": data,
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
+                "draws": 2,  # a seed once meant another text
             }
         )
 

@@ -40,6 +40,8 @@ def check_written(recipe: Recipe, positions: int) -> None:
                 check_dataset(name, f"{key}.prefix_data", online=online)
             elif name not in earlier:
                 raise RecipeError(f"{key}.prefix_data", f"{name} is no text of an entry before this one; put that first, or name other data")
+        if entry.prefix_data:
+            kind_of_data(entry.prefix_data, f"{key}.prefix_data", recipe)
         cue = max((len(cue.encode()) for cue in entry.cues), default=0)  # a token is a byte at least
         _check_length(entry, key, positions, max(1, entry.prefix_tokens) + cue)
     for index, solve in enumerate(recipe.evaluate.solve):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from transmla.artifacts import fingerprint, is_current
 from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sampler, VllmSampler
 from transmla.data.problems import ProblemSet, load_problems, normal
-from transmla.data.write import DEFINITION, Questions, Starts, write_text, write_traces
+from transmla.data.write import DATA, DEFINITION, Questions, Starts, write_text, write_traces
 from transmla.entries import Part, data_names
 from transmla.errors import RecipeError
 from transmla.evaluate.solve import questions, score
@@ -97,7 +98,12 @@ class Writer(Maker):
     def _drawing(self, entry: AnyWriting) -> Parts:
         """The samples of an entry as they were drawn. They are kept: another `keep`, `format` or number of tokens
         costs no generation."""
-        digest = fingerprint([self.digests.drawing(entry.name), self._engine(entry)])
+        inputs = [self.digests.drawing(entry.name), self._engine(entry)]
+        for name in entry.prefix_data if isinstance(entry, Text) else ():
+            if name.startswith("@"):  # the prompts are made of it again when the text is put together: settings are not enough
+                with (self.out / "written" / name.removeprefix("@") / DATA).open("rb") as file:
+                    inputs.append(hashlib.file_digest(file, "sha256").hexdigest())
+        digest = fingerprint(inputs)
         return Parts(self.out / "written" / f"{entry.name}.parts", digest)
 
     def _engine(self, entry: AnyWriting) -> str:

@@ -1,5 +1,7 @@
 """The sampler against a plain loop without batch, padding or cache; a drawing that was interrupted."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -10,7 +12,7 @@ from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.convert import convert_model
 from transmla.data import decoding
 from transmla.data.decoding import has_fixed_size
-from transmla.data.draw import Parts, all_of, draw, enough, until
+from transmla.data.draw import Parts, Place, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
 from transmla.data.write import Starts, decoded, piece
 from transmla.recipe_write import Sampling, Text
@@ -229,6 +231,47 @@ def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     ahead = Parts(tmp_path, "d")
     ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
     assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]
+
+
+def test_rounds_grow_with_what_is_known() -> None:
+    """One short batch must not make hundreds of the rest, and no process of several waits for another's second batch."""
+
+    def drawn(count: int) -> dict[int, Place]:
+        return {batch: Place(Path("x"), 0, 10, 0.0) for batch in range(count)}
+
+    rounds = [len(until(10_000, 1)(drawn(count))) for count in (0, 1, 3, 9, 400, 990, 999)]
+    assert rounds == [1, 2, 6, 18, 600, 10, 1]
+    assert [len(until(10_000, 8)(drawn(count))) for count in (0, 8, 24, 985, 999)] == [8, 16, 48, 8, 8]
+    assert until(10_000, 1)(drawn(1000)) == []
+
+
+def test_what_was_interrupted_serves_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, end = model_that_ends("llama")
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in prompts()]
+    sampler, step, left = ModelSampler(model, Ends(), fixed=True), decoding.Decoder._step, [30]
+
+    def dying(self) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(decoding.Decoder, "_step", dying)
+    assert sampler(prompts(), GREEDY, 0) == wanted
+    first, generator = next(iter(sampler.decoders.values())), sampler.generator
+    with pytest.raises(KeyboardInterrupt):
+        sampler(prompts(), GREEDY, 0)
+    assert sampler(prompts(), GREEDY, 0) == wanted
+    assert first not in sampler.decoders.values() and sampler.generator is not generator
+
+
+def test_leftovers_that_no_mask_hides_are_gone() -> None:
+    model, end = model_that_ends("llama")
+    sampler = ModelSampler(model, Ends(), fixed=True)
+    wanted = sampler(prompts(), GREEDY, 0)
+    for layer in next(iter(sampler.decoders.values())).buffers.layers:
+        layer.keys.fill_(torch.nan), layer.values.fill_(torch.inf)
+    assert sampler(prompts(), GREEDY, 0) == wanted
 
 
 def test_a_prefix_begins_with_a_word_anywhere_in_the_text() -> None:

@@ -57,11 +57,13 @@ class Buffers(Cache):
             layer.keys, layer.values = (_resized(states, rows, length) for states in (layer.keys, layer.values))
 
     def refill(self, filled: DynamicCache) -> None:
-        """Start again in place from another cache; what stands in later columns is of the past, and for the mask to hide."""
-        for layer, new in zip(self.layers, filled.layers, strict=True):
-            layer.keys[:, :, : new.keys.shape[2]] = new.keys
-            layer.values[:, :, : new.values.shape[2]] = new.values
+        """Start again in place from another cache, which is used up. Later columns become zero: a mask hides all but NaN."""
         self.column.fill_(filled.layers[0].keys.shape[2])
+        for layer, new in zip(self.layers, filled.layers, strict=True):
+            for old, states in ((layer.keys, new.keys), (layer.values, new.values)):
+                old[:, :, : states.shape[2]] = states
+                old[:, :, states.shape[2] :] = 0
+            new.keys = new.values = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):
         """Write one column; the whole buffers are returned, the mask hides what is not written yet."""
@@ -191,10 +193,11 @@ class Decoder:
             self._step()
         torch.cuda.current_stream().wait_stream(stream)
         if count > 1:
-            self.graph = torch.cuda.CUDAGraph()
-            self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
                 self._step()
+            self.graph = graph  # only a whole one is ever replayed
         return 1
 
     def _step(self) -> None:

@@ -34,7 +34,7 @@ Drawn = dict[int, Place]
 
 
 class Parts:
-    """The finished batches of one drawing: a file a process, a line a batch, synced before the next batch begins.
+    """The finished batches of one drawing: a file a process, a line a batch, synced while the next batch is drawn.
 
     A batch's samples follow from its number alone, so that another number of processes may go on.
     """
@@ -148,15 +148,18 @@ def all_of(count: int) -> Callable[[Drawn], list[int]]:
 
 
 def until(tokens: int, processes: int) -> Callable[[Drawn], list[int]]:
-    """`missing` of a drawing that goes on until so many tokens are there: as many batches as will hardly be too many after those that
-    are there, and one a process at least."""
+    """`missing` of a drawing that goes on until so many tokens are there.
+
+    Each round has a batch a process at least, and at most twice as many as there are, so that what is likely to be missing is told
+    from many batches before many are drawn; of several processes none is left idle in a round.
+    """
 
     def missing(drawn: Drawn) -> list[int]:
         if enough(drawn, tokens) is not None:
             return []
         found = sum(place.tokens for place in drawn.values())
         likely = (tokens - found) * len(drawn) // found if found else 0
-        count = max(processes, likely)
+        count = max(processes, min(likely, 2 * len(drawn)) // processes * processes)
         free = (batch for batch in range(len(drawn) + count) if batch not in drawn)
         return list(islice(free, count))
 

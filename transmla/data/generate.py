@@ -68,9 +68,9 @@ def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Te
     if settings.temperature == 0:
         return logits.argmax(-1)
     if settings.top_p == 1:
-        race = _compiled_race() if logits.is_cuda else _race
+        race = _compiled_race if logits.is_cuda else _race
         times = torch.empty(logits.shape, device=logits.device).exponential_(generator=generator)
-        return race(logits, times, 1.0 / settings.temperature)
+        return race(1.0 / settings.temperature)(logits, times)
     probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
     ordered.masked_fill_(ordered.cumsum(-1) - ordered >= settings.top_p, 0.0)
@@ -78,15 +78,15 @@ def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Te
     return tokens.gather(1, ordered.div_(times).argmax(-1, keepdim=True))[:, 0]
 
 
-def _race(logits: Tensor, times: Tensor, factor: float) -> Tensor:
-    """Whose time over its weight exp(factor · logit) is least, by logarithms. logits, times: [B, V] -> [B]."""
-    return (logits.float() * factor - times.log()).argmax(-1)
+def _race(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whose time over its weight exp(factor · logit) is least, by logarithms: from logits and times [B, V] to tokens [B]."""
+    return lambda logits, times: (logits.float() * factor - times.log()).argmax(-1)
 
 
 @functools.cache
-def _compiled_race() -> Callable[[Tensor, Tensor, float], Tensor]:
+def _compiled_race(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
     """One pass over the logits of a large vocabulary, where a softmax and a quotient are seven."""
-    return torch.compile(_race, dynamic=True)
+    return torch.compile(_race(factor), dynamic=True)
 
 
 class ModelSampler:
@@ -120,7 +120,12 @@ class ModelSampler:
         cache = DynamicCache(config=self.model.config)
         first = self._next(tokens, mask if padded else None, positions, cache, settings, generator)
         if self.fixed and has_fixed_size(self.model, cache):
-            rest = self._decoder(settings).run(cache, mask, first, positions[:, -1] + 1, settings.max_new_tokens - 1)
+            try:
+                rest = self._decoder(settings).run(cache, mask, first, positions[:, -1] + 1, settings.max_new_tokens - 1)
+            except BaseException:  # what was interrupted, perhaps in a capture, must not serve another batch
+                self.decoders.clear()
+                self.generator = torch.Generator(device)
+                raise
             written = torch.cat([first[:, None], rest], dim=1)
         else:
             written = self._grown(first, mask, positions, cache, settings, generator, padded=padded)

@@ -134,13 +134,13 @@ class Starts:
         self.data: Dataset | None = None
         if entry.prefix_data:
             self.data = load_many(entry.prefix_data if data is None else data, f"{key}.prefix_data")
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(batch_seed(seed, f"order of {entry.name}", 0))
             self.order = torch.randperm(len(self.data), generator=generator).tolist()
         starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
         if self.data is None and not starts:
             raise RecipeError(f"{key}.prefix_tokens", "the tokenizer has no start or end token; give prefix_data and prefix_tokens")
         self.start = starts[:1]
-        self.cues = [tokenizer(cue, add_special_tokens=False)["input_ids"] for cue in entry.cues]
+        self.cues = [_after_a_word(cue, tokenizer) for cue in entry.cues]
         self.made: dict[int, list[array]] = {}  # by batch, 4 bytes a token: they are asked for again when the text is put together
 
     def prompts_of(self, batch: int) -> list[list[int]]:
@@ -148,7 +148,7 @@ class Starts:
         if batch not in self.made:
             found = self._prefixes(batch)
             if self.cues:
-                generator = torch.Generator().manual_seed(batch_seed(self.seed, "cues", batch))
+                generator = torch.Generator().manual_seed(batch_seed(self.seed, f"cues of {self.entry.name}", batch))
                 drawn = torch.randint(len(self.cues), (len(found),), generator=generator).tolist()
                 found = [prefix + self.cues[cue] for prefix, cue in zip(found, drawn, strict=True)]
             self.made[batch] = [array("i", prompt) for prompt in found]
@@ -160,7 +160,7 @@ class Starts:
             return [list(self.start) for _ in range(size)]
         wanted = [self.order[(batch * size + place) % len(self.order)] for place in range(size)]
         if "text" in self.data.column_names:  # books are long: their first words alone would be few
-            generator = torch.Generator().manual_seed(batch_seed(self.seed, "prefixes", batch))
+            generator = torch.Generator().manual_seed(batch_seed(self.seed, f"prefixes of {self.entry.name}", batch))
             unlike = sorted(set(wanted))  # a few long texts are asked for again and again
             texts = dict(zip(unlike, self.data.select(unlike)["text"], strict=True))
             pieces = [piece(texts[row], CHARACTERS * self.entry.prefix_tokens, generator) for row in wanted]
@@ -169,6 +169,12 @@ class Starts:
             rows = self.data.select(wanted)
         found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
         return [document or list(self.start) for document in found]
+
+
+def _after_a_word(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text that follows another: some tokenizers would begin one that stands alone with a space."""
+    word, both = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("a", "a" + text))
+    return both[len(word) :] if both[: len(word)] == word else tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def piece(text: str, length: int, generator: torch.Generator) -> str:

@@ -120,6 +120,29 @@ def test_buffers_that_serve_several_batches(student: bool, monkeypatch: pytest.M
     ]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("student", [False, True])
+def test_graphs_that_serve_several_batches(student: bool) -> None:
+    """On a GPU: greedy texts of a replayed graph are those of a growing cache, seeded ones do not depend on what came before."""
+    model, end = model_that_ends("llama")
+    if student:
+        windows = torch.randint(1, VOCAB, (8, 32))
+        model = convert_model(model, settings(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2), windows).student
+        model.generation_config.eos_token_id = [end]
+    model = model.cuda()
+    sampler, plainly = ModelSampler(model, Ends(), fixed=True), ModelSampler(model, Ends(), fixed=False)
+    generator = torch.Generator().manual_seed(8)
+    other = [torch.randint(1, VOCAB, (length,), generator=generator).tolist() for length in (5, 2, 9, 13, 1)]
+    long = Sampling(max_new_tokens=decoding.SEGMENT + 40, temperature=0, batch_size=5)
+    for asked in (prompts(), other, prompts(), other[:3], prompts()):
+        assert sampler(asked, GREEDY, 0) == plainly(asked, GREEDY, 0)
+        assert sampler(asked, long, 0) == plainly(asked, long, 0)
+    warm = Sampling(max_new_tokens=12, temperature=0.9, batch_size=5)
+    fresh = [ModelSampler(model, Ends(), fixed=True)(asked, warm, seed) for seed, asked in enumerate((prompts(), other))]
+    assert [sampler(asked, warm, seed) for seed, asked in enumerate((prompts(), other))] == fresh
+    assert sampler(prompts(), warm, 0) == fresh[0] != sampler(prompts(), warm, 1)
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_student_writes_too(family: str, fixed: bool) -> None:

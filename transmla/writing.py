@@ -73,8 +73,8 @@ class Writer(Maker):
         self._make(folder, digest, f"write {entry.name}", build)
 
     def _write_text(self, entry: Text, key: str, folder: Path, digest: str) -> None:
-        data = [str(name) for name in self._names(entry.prefix_data, f"{key}.prefix_data")]
-        starts = Starts(entry, self.tokenizer, seed=self.recipe.seed, key=key, data=data)
+        found = entry.model_copy(update={"prefix_data": self._names(entry.prefix_data, f"{key}.prefix_data")})
+        starts = Starts(found, self.tokenizer, seed=self.recipe.seed, key=key)
         parts = self._drawing(entry)
         self.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
         draw(

@@ -127,6 +127,22 @@ def test_interrupted_writing_goes_on(written: Path, tmp_path, monkeypatch) -> No
     assert len(calls) == drawn + 1  # the batch that died is all that was drawn twice
 
 
+def test_what_follows_another_text_is_drawn_again_with_it(written: Path, tmp_path, monkeypatch) -> None:
+    """The same settings may have given another text, on another machine; its continuations are not this one's."""
+    original, calls = ModelSampler.__call__, []
+    monkeypatch.setattr(ModelSampler, "__call__", lambda self, *args: (calls.append(1), original(self, *args))[1])
+    for redrawn in (False, True):
+        out = tmp_path / str(redrawn)
+        shutil.copytree(written / "written", out / "written")
+        shutil.rmtree(out / "written" / "asked")
+        if redrawn:
+            file = out / "written" / "own" / "data.jsonl"
+            file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+        assert main(["traces", *RECIPE, f"output_dir={out}"]) == 0
+        assert bool(calls) == redrawn
+        assert (rows(out, "asked") == rows(written, "asked")) != redrawn
+
+
 def test_two_processes_write_what_one_writes(written: Path, tmp_path) -> None:
     script = tmp_path / "both.py"
     script.write_text(

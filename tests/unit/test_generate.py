@@ -115,6 +115,8 @@ def test_buffers_that_serve_several_batches(student: bool, monkeypatch: pytest.M
     warm = Sampling(max_new_tokens=12, temperature=1.0, batch_size=4)
     fresh = ModelSampler(model, Ends(), fixed=True)(other, warm, 5)
     assert [sampler(asked, warm, 5) for asked in (prompts(), other)][1] == fresh
+    cool = warm.model_copy(update={"temperature": 0.1})
+    assert sampler(other, cool, 5) == ModelSampler(model, Ends(), fixed=True)(other, cool, 5) != fresh
     assert ModelSampler(model, Ends(), fixed=True)(other, Sampling(max_new_tokens=1, temperature=0), 5) == [
         plain(model, prompt, 1, {0, end}) for prompt in other
     ]
@@ -281,18 +283,18 @@ def test_what_was_interrupted_serves_no_other_batch(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(decoding.Decoder, "_step", dying)
     assert sampler(prompts(), GREEDY, 0) == wanted
-    first, generator = next(iter(sampler.decoders.values())), sampler.generator
+    first, generator = sampler.decoder, sampler.generator
     with pytest.raises(KeyboardInterrupt):
         sampler(prompts(), GREEDY, 0)
     assert sampler(prompts(), GREEDY, 0) == wanted
-    assert first not in sampler.decoders.values() and sampler.generator is not generator
+    assert sampler.decoder is not first and sampler.generator is not generator
 
 
 def test_leftovers_that_no_mask_hides_are_gone() -> None:
     model, end = model_that_ends("llama")
     sampler = ModelSampler(model, Ends(), fixed=True)
     wanted = sampler(prompts(), GREEDY, 0)
-    for layer in next(iter(sampler.decoders.values())).buffers.layers:
+    for layer in sampler.decoder.buffers.layers:
         layer.keys.fill_(torch.nan), layer.values.fill_(torch.inf)
     assert sampler(prompts(), GREEDY, 0) == wanted
 

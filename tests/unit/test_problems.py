@@ -194,6 +194,14 @@ def test_seeds_of_generators_overlap() -> None:
             "write.0.prefix_data: @w is no text of an entry before this one",
         ),
         (
+            [
+                "write=[{name: v, kind: text, tokens: 9, max_new_tokens: 8}, {name: w, kind: text, tokens: 9, max_new_tokens: 8, "
+                "prefix_data: ['@v', s1k_1.1], prefix_tokens: 2}]",
+                "dry_run=true",
+            ],
+            "write.1.prefix_data: datasets of different kinds cannot be joined",
+        ),
+        (
             ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 4, cues: [" + "x" * 512 + "]}]"],
             "write.0.max_new_tokens: 4 after a prompt",
         ),

@@ -103,7 +103,8 @@ class ModelSampler:
         self.fixed = model.device.type == "cuda" if fixed is None else fixed
         self.ends = torch.tensor(sorted(end_tokens(model.generation_config, tokenizer)), device=model.device)
         self.generator = torch.Generator(model.device)
-        self.decoders: dict[tuple[float, float], Decoder] = {}  # by temperature and top_p; a graph serves batches of one shape
+        self.decoder: Decoder | None = None
+        self.alike: tuple[float, float] | None = None  # temperature and top_p of the decoder
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]:
@@ -123,8 +124,7 @@ class ModelSampler:
             try:
                 rest = self._decoder(settings).run(cache, mask, first, positions[:, -1] + 1, settings.max_new_tokens - 1)
             except BaseException:  # what was interrupted, perhaps in a capture, must not serve another batch
-                self.decoders.clear()
-                self.generator = torch.Generator(device)
+                self.decoder, self.generator = None, torch.Generator(device)
                 raise
             written = torch.cat([first[:, None], rest], dim=1)
         else:
@@ -133,12 +133,13 @@ class ModelSampler:
         return [_cut(row, ends) for row in written.tolist()]
 
     def _decoder(self, settings: Sampling) -> Decoder:
-        key = (settings.temperature, settings.top_p)
-        if key not in self.decoders:
-            self.decoders.clear()  # one at a time: its buffers are large
+        """The decoder of the batch before, where that was drawn alike: its graph draws by the settings that it was recorded with."""
+        alike = (settings.temperature, settings.top_p)
+        if self.decoder is None or self.alike != alike:
+            self.decoder, self.alike = None, alike  # its buffers go before others are made
             pick = functools.partial(choose, settings=settings, generator=self.generator)
-            self.decoders[key] = Decoder(self.model, pick, self.ends, self.generator)
-        return self.decoders[key]
+            self.decoder = Decoder(self.model, pick, self.ends, self.generator)
+        return self.decoder
 
     def _next(self, tokens, mask, positions, cache, settings, generator) -> Tensor:
         logits = self.model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,11 @@ def _row(asked: Questions, index: int, reply: str, entry: Traces) -> dict[str, A
 class Starts:
     """Starts of the texts that a teacher writes by itself, for as many batches as are asked for."""
 
-    def __init__(
-        self, entry: Text, tokenizer: PreTrainedTokenizerBase, *, seed: int, key: str, data: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, entry: Text, tokenizer: PreTrainedTokenizerBase, *, seed: int, key: str) -> None:
         """
         Args:
+            entry: with definitions in the place of `@NAME` in its prefix_data.
             key: of the entry in the recipe, for errors.
-            data: the entry's prefix_data with the definitions of what was written for `@NAME`; None: it has none such.
 
         Raises:
             RecipeError: the tokenizer has no token to start with.
@@ -133,7 +131,7 @@ class Starts:
         self.entry, self.tokenizer, self.seed = entry, tokenizer, seed
         self.data: Dataset | None = None
         if entry.prefix_data:
-            self.data = load_many(entry.prefix_data if data is None else data, f"{key}.prefix_data")
+            self.data = load_many(entry.prefix_data, f"{key}.prefix_data")
             generator = torch.Generator().manual_seed(batch_seed(seed, f"order of {entry.name}", 0))
             self.order = torch.randperm(len(self.data), generator=generator).tolist()
         starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]

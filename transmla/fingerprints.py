@@ -98,13 +98,10 @@ class Fingerprints:
             data = self._problems(entry, f"write.{index}")
         else:
             data = self._data(entry.prefix_data, f"write.{index}.prefix_data")
-        settings = entry.model_dump(mode="json", exclude={"keep", "format", "tokens", "engine"})
-        if not settings.get("cues"):  # a key that came later
-            settings.pop("cues", None)
         return fingerprint(
             {
                 "source": identity(self.recipe.model),
-                "settings": settings,
+                "settings": entry.model_dump(mode="json", exclude={"keep", "format", "tokens", "engine"}),
                 "data": data,
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,

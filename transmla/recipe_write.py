@@ -116,7 +116,7 @@ class Text(Writing):
         datasets, of a text from a random place, of a conversation the first ones, by the recipe's seed; 0: with the
         tokenizer's start (or end) token alone. `@NAME` among them is the text of an entry before this one.
     cues: texts of which one, drawn for every prefix, follows it, as "\\nQuestion:" has the teacher ask and answer about what
-        stands before; an empty one has it go on.
+        stands before; an empty one has it go on. One with `{}` has the prefix there: "Question: What is {}?\\nAnswer:".
     """
 
     kind: Literal["text"]

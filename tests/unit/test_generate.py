@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, settings, tiny_model
@@ -322,6 +322,27 @@ def test_a_cue_follows_every_prefix(letters) -> None:
     assert {cue: drawn.count(cue) > 9 for cue in cues} == dict.fromkeys(cues, True) and len(drawn) == sum(map(drawn.count, cues))
     again = Starts(entry, letters, seed=3, key="write.0")
     assert starts.prompts_of(2) == again.prompts_of(2) != starts.prompts_of(1)
+
+
+def test_a_prefix_may_stand_in_a_cue(letters) -> None:
+    """The words around it are tokenized with it, once; letters cut in two are not shown; other cues follow as before."""
+    begins = letters.convert_tokens_to_ids("<|end|>")
+    letters._tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", begins)])
+    cues = ["Q: {}?\nA:", " so", "{} {}"]
+    entry = Text(name="w", kind="text", tokens=9, prefix_data=["sample_train"], prefix_tokens=7, cues=cues, batch_size=90, max_new_tokens=4)
+    prompts = Starts(entry, letters, seed=3, key="write.0").prompts_of(2)
+    prefixes = Starts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0").prompts_of(2)
+    assert all(prompt.count(begins) == 1 and prompt[0] == begins for prompt in prompts)
+    plain = decoded([prefix[1:] for prefix in prefixes], letters)
+    bare = [text.removesuffix("\ufffd") for text in plain]
+    found = decoded([prompt[1:] for prompt in prompts], letters)
+    drawn = [
+        {f"Q: {text}?\nA:": 0, f"{raw} so": 1, f"{text} {text}": 2}[one] for raw, text, one in zip(plain, bare, found, strict=True)
+    ]
+    assert min(drawn.count(cue) for cue in range(3)) > 15
+    cut = Starts(entry.model_copy(update={"cues": ["<{}>"]}), letters, seed=3, key="write.0")
+    odd = letters("x\u00e9", add_special_tokens=False)["input_ids"]
+    assert decoded(cut._cued([odd[:2], odd], 0), letters) == ["<|end|><x>", "<|end|><x\u00e9>"]
 
 
 def test_many_texts_are_decoded_as_each_alone(letters) -> None:

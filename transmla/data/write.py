@@ -24,6 +24,8 @@ from transmla.recipe_write import Problems, Text, Traces, is_synthetic
 
 DATA, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
 CHARACTERS = 16  # of text that surely hold a token of it
+CUT = "\ufffd"  # what is left of a letter whose last bytes are in the next token
+HERE = "{}"  # in a cue: where the prefix stands; without it the cue follows the prefix
 COLUMNS = {"completion": ("prompt", "completion"), "messages": ("messages",), "text": ("text",)}
 
 
@@ -142,15 +144,29 @@ class Starts:
         self.made: dict[int, list[array]] = {}  # by batch, 4 bytes a token: they are asked for again when the text is put together
 
     def prompts_of(self, batch: int) -> list[list[int]]:
-        """Token ids of a batch's prompts: prefixes, with a cue after each where the entry has cues."""
+        """Token ids of a batch's prompts: prefixes, with a cue after or around each where the entry has cues."""
         if batch not in self.made:
             found = self._prefixes(batch)
             if self.cues:
-                generator = torch.Generator().manual_seed(batch_seed(self.seed, f"cues of {self.entry.name}", batch))
-                drawn = torch.randint(len(self.cues), (len(found),), generator=generator).tolist()
-                found = [prefix + self.cues[cue] for prefix, cue in zip(found, drawn, strict=True)]
+                found = self._cued(found, batch)
             self.made[batch] = [array("i", prompt) for prompt in found]
         return [prompt.tolist() for prompt in self.made[batch]]
+
+    def _cued(self, prefixes: list[list[int]], batch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(batch_seed(self.seed, f"cues of {self.entry.name}", batch))
+        drawn = torch.randint(len(self.cues), (len(prefixes),), generator=generator).tolist()
+        found = [prefix + self.cues[cue] for prefix, cue in zip(prefixes, drawn, strict=True)]
+        around = [place for place, cue in enumerate(drawn) if HERE in self.entry.cues[cue]]
+        # What has words before it begins with another token than what has not: these are texts first, and tokens then.
+        texts = decoded([self.without_start(prefixes[place]) for place in around], self.tokenizer)
+        texts = [self.entry.cues[drawn[place]].replace(HERE, text.removesuffix(CUT)) for place, text in zip(around, texts, strict=True)]
+        for place, tokens in zip(around, documents(Dataset.from_dict({"text": texts}), self.tokenizer), strict=True):
+            found[place] = tokens
+        return found
+
+    def without_start(self, tokens: list[int]) -> list[int]:
+        """A text's tokens without the start token: the tokenizer adds it again."""
+        return tokens[1:] if tokens[:1] == self.start else tokens
 
     def _prefixes(self, batch: int) -> list[list[int]]:
         size = self.entry.batch_size
@@ -199,8 +215,7 @@ def write_text(starts: Starts, parts: Iterator[tuple[list[list[int]], list[Sampl
     with (folder / DATA).open("w", encoding="utf-8") as lines:
         for prompts, samples in parts:
             whole = [prompt + sample.tokens for prompt, sample in zip(prompts, samples, strict=True)]
-            # The start token is left out: a trainer's tokenizer adds it again.
-            texts = decoded([tokens[1:] if tokens[:1] == starts.start else tokens for tokens in whole], tokenizer)
+            texts = decoded([starts.without_start(tokens) for tokens in whole], tokenizer)
             for tokens, text, sample in zip(whole, texts, samples, strict=True):
                 counts["written"] += 1
                 counts["finished"] += sample.finished

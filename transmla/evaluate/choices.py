@@ -30,21 +30,37 @@ class Row:
     targets: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of what follows it: the whole is tokenised and split after the context's tokens.
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of contexts and of what follows them: each whole is tokenised and split after its context's tokens.
 
-    As in the harness, spaces at the context's end go to the continuation, and an empty context is the begin token, or
-    the end token where there is none. Where the split would leave the continuation nothing, because its letters merge
-    into the context's last token, the two are tokenised apart.
+    As in the harness, spaces at a context's end go to the continuation, and an empty context is the begin token, or the end
+    token where there is none. Where the split would leave the continuation nothing, because its letters merge into the
+    context's last token, the two are tokenised apart.
     """
-    stripped = context.rstrip()
-    continuation = context[len(stripped) :] + continuation
-    alone = tokenizer(continuation, add_special_tokens=False, verbose=False)["input_ids"]
-    if not stripped:
-        prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return (alone[:1], alone[1:]) if alone[0] == prefix and len(alone) > 1 else ([prefix], alone)
-    before = tokenizer(stripped, verbose=False)["input_ids"]
-    return before, tokenizer(stripped + continuation, verbose=False)["input_ids"][len(before) :] or alone
+    stripped = [context.rstrip() for context, _ in pairs]
+    after = [context[len(bare) :] + continuation for bare, (context, continuation) in zip(stripped, pairs, strict=True)]
+    # Many texts at a time: a fast tokenizer uses all cores.
+    contexts = dict.fromkeys(bare for bare in stripped if bare)
+    contexts = dict(zip(contexts, _ids(tokenizer, list(contexts)), strict=True))
+    wholes = _ids(tokenizer, [bare + rest for bare, rest in zip(stripped, after, strict=True)])
+    found = []
+    for bare, rest, whole in zip(stripped, after, wholes, strict=True):
+        before = contexts.get(bare, [])
+        split = whole[len(before) :]
+        if not bare or not split:
+            alone = tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"]
+            if not bare:
+                prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+                before, alone = (alone[:1], alone[1:]) if alone[0] == prefix and len(alone) > 1 else ([prefix], alone)
+            split = alone
+        found.append((before, split))
+    return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, verbose=False)["input_ids"] if texts else []
 
 
 def rows_of(pairs: Sequence[tuple[list[int], list[int]]], limit: int) -> list[Row]:
@@ -81,7 +97,7 @@ def loglikelihoods(
         budget: tokens of a batch, padding included.
         label: of the progress bar.
     """
-    rows = rows_of([encode_pair(tokenizer, *pair) for pair in pairs], model.config.max_position_embeddings)
+    rows = rows_of(encode_pairs(tokenizer, pairs), model.config.max_position_embeddings)
     head = model.get_output_embeddings().weight.detach().float()
     softcap = final_softcap(model.config)
     sums = torch.zeros(len(pairs), dtype=torch.float64, device=head.device)

@@ -28,7 +28,11 @@ class Maker:
         self.state.print(text, flush=True)
 
     def _make(self, folder: Path, digest: str, label: str, build: Callable[[Path, dict[str, Any]], None]) -> bool:
-        """Make an artifact on the first process unless it is current; returns whether it was made."""
+        """Make an artifact on the first process unless it is current; returns whether it was made.
+
+        build: writes it into a folder and completes its record; `seconds` and `peak_memory_bytes` there are of what was done for it
+        before.
+        """
         if self._is_current(folder, digest):
             self.say(f"[{label}] unchanged, skipped")
             return False
@@ -40,8 +44,8 @@ class Maker:
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
                 build(scratch, record)
-                record["seconds"] = round(time.monotonic() - started, 1)
-                record["peak_memory_bytes"] = peak_memory(self.prepared.device)
+                record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 1)
+                record["peak_memory_bytes"] = max(record.get("peak_memory_bytes", 0), peak_memory(self.prepared.device))
             self.say(f"[{label}] {record['seconds']} s")
         self.state.wait_for_everyone()
         return True

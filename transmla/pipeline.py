@@ -239,15 +239,16 @@ class Pipeline(Writer, Recordings, Teachers):
         """Quality of every model that is there, then the report."""
         for name in self._current_models():
             folder = None if name == "teacher" else self.out / name
+            peak = 0
+            if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
+                peak = self._answer(name, folder)
 
-            def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
+            def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder, peak: int = peak) -> None:
                 self._evaluate_one(name, folder, scratch, record)
-                record["solve"] = self._score(name)
+                record |= self._score(name, peak)
                 for line in figures(record):
                     self.say(f"[evaluate {name}] {line}")
 
-            if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
-                self._answer(name, folder)
             self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
         found: list[list[str]] = [[]]
         if self.state.is_main_process:

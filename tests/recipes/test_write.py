@@ -45,6 +45,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_whole_recipe(written: Path, capsys) -> None:
     report = json.loads((written / "report.json").read_text())
+    took = {stage["name"]: stage["seconds"] for stage in report["stages"]}
+    drawn = {f"write {name}": one["drawing_seconds"] for name, one in report["written"].items()}
+    drawn |= {f"evaluate {name}": exams["legs"]["drawing_seconds"] for name, exams in report["solve"].items()}
+    assert len(drawn) == 8 and all(seconds > 0 and took[name] >= seconds - 0.1 for name, seconds in drawn.items())
     assert report["written"]["own"]["tokens"] >= 500 > report["written"]["own"]["tokens"] - 4 * 61
     seconds = report["written"]["legs"].pop("drawing_seconds")
     assert seconds > 0 and report["written"]["legs"] | {"finished": 0, "tokens": 0} == {

@@ -27,25 +27,35 @@ class Maker:
     def say(self, text: str) -> None:
         self.state.print(text, flush=True)
 
-    def _make(self, folder: Path, digest: str, label: str, build: Callable[[Path, dict[str, Any]], None]) -> bool:
+    def _make(
+        self,
+        folder: Path,
+        digest: str,
+        label: str,
+        build: Callable[[Path, dict[str, Any]], None],
+        before: Callable[[], None] | None = None,
+    ) -> bool:
         """Make an artifact on the first process unless it is current; returns whether it was made.
 
-        build: writes it into a folder and completes its record; `seconds` and `peak_memory_bytes` there are of what was done for it
-        before.
+        Args:
+            build: writes it into a folder and completes its record.
+            before: what all processes do for it first; its time and memory are in the record too.
         """
         if self._is_current(folder, digest):
             self.say(f"[{label}] unchanged, skipped")
             return False
         self.say(f"[{label}] ...")
+        started = time.monotonic()
+        reset_peak_memory(self.prepared.device)
+        if before is not None:
+            before()
         if self.state.is_main_process:
-            started = time.monotonic()
-            reset_peak_memory(self.prepared.device)
             record: dict[str, Any] = {"name": label, "fingerprint": digest, "versions": versions()}
             with publishing(folder, record) as scratch:
                 self._save_recipe(scratch)
                 build(scratch, record)
-                record["seconds"] = round(record.get("seconds", 0.0) + time.monotonic() - started, 1)
-                record["peak_memory_bytes"] = max(record.get("peak_memory_bytes", 0), peak_memory(self.prepared.device))
+                record["seconds"] = round(time.monotonic() - started, 1)
+                record["peak_memory_bytes"] = peak_memory(self.prepared.device)
             self.say(f"[{label}] {record['seconds']} s")
         self.state.wait_for_everyone()
         return True

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -239,17 +239,15 @@ class Pipeline(Writer, Recordings, Teachers):
         """Quality of every model that is there, then the report."""
         for name in self._current_models():
             folder = None if name == "teacher" else self.out / name
-            peak = 0
-            if not self._is_current(self.out / "evaluation" / name, self.digests.evaluation(name)):
-                peak = self._answer(name, folder)
 
-            def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder, peak: int = peak) -> None:
+            def build(scratch: Path, record: dict[str, Any], name: str = name, folder: Path | None = folder) -> None:
                 self._evaluate_one(name, folder, scratch, record)
-                record |= self._score(name, peak)
+                record["solve"] = self._score(name)
                 for line in figures(record):
                     self.say(f"[evaluate {name}] {line}")
 
-            self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build)
+            answer = partial(self._answer, name, folder)
+            self._make(self.out / "evaluation" / name, self.digests.evaluation(name), f"evaluate {name}", build, answer)
         found: list[list[str]] = [[]]
         if self.state.is_main_process:
             report = write_report(self.out, self.recipe, self.prepared.geometry, self._current_artifacts())

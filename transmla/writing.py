@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.artifacts import fingerprint, is_current
-from transmla.data.draw import Drawn, Parts, all_of, draw, enough, until
+from transmla.data.draw import Parts, all_of, draw, enough, until
 from transmla.data.generate import ModelSampler, Sampler, VllmSampler
 from transmla.data.problems import ProblemSet, load_problems, normal
 from transmla.data.write import DATA, DEFINITION, Questions, Starts, write_text, write_traces
@@ -20,7 +20,6 @@ from transmla.entries import Part, data_names
 from transmla.errors import RecipeError
 from transmla.evaluate.solve import questions, score
 from transmla.fingerprints import Fingerprints
-from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.maker import Maker
 from transmla.recipe_write import AnyWriting, Sampling, Solve, Text, Traces
 from transmla.sources import load_model
@@ -54,13 +53,18 @@ class Writer(Maker):
         asked = Questions(found, entry.problems, self.tokenizer, samples=entry.samples, batch_size=entry.batch_size)
         self._require_room(asked, entry, key)
         parts = self._drawing(entry)
-        self.say(f"[write {entry.name}] {len(asked.prompts):,} replies to {len(found.problems):,} problems")
-        peak = self._draw(parts, lambda: self._sampler(entry), asked.prompts_of, all_of(len(asked.plan)), entry, entry.name)
+
+        def before() -> None:
+            self.say(f"[write {entry.name}] {len(asked.prompts):,} replies to {len(found.problems):,} problems")
+            draw(
+                parts, lambda: self._sampler(entry), asked.prompts_of, all_of(len(asked.plan)), entry,
+                seed=self.recipe.seed, name=entry.name, state=self.state,
+            )
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             samples = asked.ordered(parts.samples(batch) for batch in range(len(asked.plan)))
             counts = write_traces(asked, samples, entry, self._heldout, scratch)
-            record |= self._counted(counts, entry, parts) | self._took([parts], peak)
+            record |= self._counted(counts, entry, parts)
             if not counts["kept"]:
                 raise RecipeError(
                     f"{key}.keep",
@@ -68,42 +72,28 @@ class Writer(Maker):
                     "accepted, none is left; raise max_new_tokens, or take other problems",
                 )
 
-        self._make(folder, digest, f"write {entry.name}", build)
+        self._make(folder, digest, f"write {entry.name}", build, before)
 
     def _write_text(self, entry: Text, key: str, folder: Path, digest: str) -> None:
         found = entry.model_copy(update={"prefix_data": self._names(entry.prefix_data, f"{key}.prefix_data")})
         starts = Starts(found, self.tokenizer, seed=self.recipe.seed, key=key)
         parts = self._drawing(entry)
-        self.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
-        enough_of = until(entry.tokens, self.state.num_processes)
-        peak = self._draw(parts, lambda: self._sampler(entry), starts.prompts_of, enough_of, entry, entry.name)
+
+        def before() -> None:
+            self.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
+            draw(
+                parts, lambda: self._sampler(entry), starts.prompts_of, until(entry.tokens, self.state.num_processes), entry,
+                seed=self.recipe.seed, name=entry.name, state=self.state,
+            )
 
         def build(scratch: Path, record: dict[str, Any]) -> None:
             count = enough(parts.index(), entry.tokens)
             assert count is not None, "they were just drawn"
             drawn = ((starts.prompts_of(batch), parts.samples(batch)) for batch in range(count))
             counts = write_text(starts, drawn, scratch)
-            record |= self._counted(counts, entry, parts) | self._took([parts], peak)
+            record |= self._counted(counts, entry, parts)
 
-        self._make(folder, digest, f"write {entry.name}", build)
-
-    def _draw(
-        self,
-        parts: Parts,
-        sampler: Callable[[], Sampler],
-        prompts_of: Callable[[int], list[list[int]]],
-        missing: Callable[[Drawn], list[int]],
-        settings: Sampling,
-        name: str,
-    ) -> int:
-        """Draw what is missing, on all processes; returns the first one's largest memory use, in bytes."""
-        reset_peak_memory(self.prepared.device)
-        draw(parts, sampler, prompts_of, missing, settings, seed=self.recipe.seed, name=name, state=self.state)
-        return peak_memory(self.prepared.device)
-
-    def _took(self, drawings: Sequence[Parts], peak: int) -> dict[str, Any]:
-        """What drawing has cost, for the record of what is made of it; the seconds are of all attempts, spread over the processes."""
-        return {"seconds": sum(parts.seconds() for parts in drawings) / self.state.num_processes, "peak_memory_bytes": peak}
+        self._make(folder, digest, f"write {entry.name}", build, before)
 
     def _counted(self, counts: dict[str, int], entry: AnyWriting, parts: Parts) -> dict[str, Any]:
         written = counts | {"drawing_seconds": parts.seconds()}
@@ -181,9 +171,8 @@ class Writer(Maker):
         folder = self.out / "evaluation" / f"{name}.parts" / entry.name
         return asked, Parts(folder, self.digests.replies(name, entry.name))
 
-    def _answer(self, name: str, folder: Path | None) -> int:
-        """Have a model answer the problems of `evaluate.solve`, on all processes; the largest memory use. folder: None is the teacher."""
-        peak = 0
+    def _answer(self, name: str, folder: Path | None) -> None:
+        """Have a model answer the problems of `evaluate.solve`, on all processes. folder: None is the teacher."""
         model: list[PreTrainedModel] = []
 
         def sampler() -> Sampler:
@@ -194,15 +183,16 @@ class Writer(Maker):
         for index, entry in enumerate(self.recipe.evaluate.solve):
             asked, parts = self._replies(name, entry)
             self._require_room(asked, entry, f"evaluate.solve.{index}")
-            peak = max(peak, self._draw(parts, sampler, asked.prompts_of, all_of(len(asked.plan)), entry, entry.name))
-        return peak
+            draw(
+                parts, sampler, asked.prompts_of, all_of(len(asked.plan)), entry,
+                seed=self.recipe.seed, name=entry.name, state=self.state,
+            )
 
-    def _score(self, name: str, peak: int) -> dict[str, Any]:
-        """The accuracies of a model whose replies are there, by name of the entry, and what drawing them took. peak: of `_answer`."""
-        found, drawings = {}, []
+    def _score(self, name: str) -> dict[str, Any]:
+        """The accuracies of a model whose replies are there, by name of the entry."""
+        found = {}
         for entry in self.recipe.evaluate.solve:
             asked, parts = self._replies(name, entry)
             samples = asked.ordered(parts.samples(batch) for batch in range(len(asked.plan)))
             found[entry.name] = score(asked, samples) | {"drawing_seconds": parts.seconds()}
-            drawings.append(parts)
-        return {"solve": found} | self._took(drawings, peak)
+        return found

@@ -25,6 +25,7 @@ PAIRS = [
     ("the sea and", " e"),  # one token each: one forward pass
     ("what is the answer? ", "ten"),  # the space goes to the continuation
     ("", " the hills"),
+    ("", "<s> the hills"),  # begins with the begin token itself
     ("the an", "swer"),  # merges into the context's token
     ("a cat sat on the mat, " * 20, " a dog ran to the hills"),  # longer than the model's positions
 ]
@@ -68,14 +69,14 @@ def test_loglikelihoods_are_the_harness_ones(tokenizer: PreTrainedTokenizerBase)
     from lm_eval.models.huggingface import HFLM
 
     model = tiny_model(max_position_embeddings=40)
-    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(PAIRS) if pair != PAIRS[5]]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(PAIRS) if pair != PAIRS[6]]
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, add_bos_token=None)
     wanted = harness.loglikelihood(requests, disable_tqdm=True)
     for budget in (1, 90):
         got = loglikelihoods(model, tokenizer, [request.args for request in requests], budget=budget, label="test")
         assert [score for score, _ in got] == pytest.approx([score for score, _ in wanted], abs=1e-4)
         assert [greedy for _, greedy in got] == [greedy for _, greedy in wanted]
-    (merged,) = loglikelihoods(model, tokenizer, [PAIRS[5]], budget=64, label="test")
+    (merged,) = loglikelihoods(model, tokenizer, [PAIRS[6]], budget=64, label="test")
     assert merged[0] < -0.1  # scored apart, not lost
 
 

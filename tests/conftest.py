@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from transmla.families import default_kernel
-from transmla.recipe import Calibration, Convert
+from transmla.recipe.schema import Calibration, Convert
+from transmla.run.artifacts import METADATA
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,6 +30,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
     """Models that recipes make are cached for the session, not in the user's home."""
     os.environ["TRANSMLA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
+
+
+def all_metadata(root: Path) -> dict[str, dict[str, Any]]:
+    """The metadata of all finished artifacts below a folder, by relative path."""
+    return {str(file.parent.relative_to(root)): json.loads(file.read_text()) for file in sorted(root.rglob(METADATA))}
 
 
 def tiny_config(family: str = "llama", *, groups: int = 2, **fields: object) -> PretrainedConfig:

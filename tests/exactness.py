@@ -1,10 +1,11 @@
-"""Print the exactness table: `python -m tests.exactness`. Tiny random models, full rank, float32; the tests hold the bound."""
+"""Print the exactness table: `python -m tests.exactness`. Tiny random models, full rank, float32; the tests hold the
+bound."""
 
 import torch
 
 from tests.numerics.test_exact import stock
 from tests.numerics.test_families import CASES, TOKENS, convert, difference, make_source
-from transmla.export.deepseek import blocking_feature
+from transmla.export.expressible import blocking_feature
 
 
 def main() -> None:

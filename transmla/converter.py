@@ -112,7 +112,11 @@ def parser() -> argparse.ArgumentParser:
     """The arguments; names and defaults of the published tool, and a few more."""
     out = _Parser(prog="transmla/converter.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
     add = out.add_argument
-    add("--model-path", default="meta-llama/Llama-2-7b-hf", help="hub id, directory, .gguf file, or name in recipes/model")
+    add(
+        "--model-path",
+        default="meta-llama/Llama-2-7b-hf",
+        help="hub id, directory, .gguf file, or name in recipes/model",
+    )
     add("--save-path", default="outputs", help="directory for the model and its tokenizer; must not hold other files")
     add("--dtype", choices=list(DTYPES), default="bf16", help="number format of the weights (default: bf16)")
     add("--device", type=_device, default="auto", help="auto, cpu, cuda or cuda:N")
@@ -121,12 +125,19 @@ def parser() -> argparse.ArgumentParser:
     add("--cal-max-seqlen", type=_count(2), default=256, help="tokens a calibration window (default: 256)")
     add("--cal-batch-size", type=_count(1), default=8, help="calibration windows at a time (default: 8)")
     add("--cal-tokens", type=_count(1), help="calibration tokens in all, in place of --cal-nsamples")
-    add("--ppl-eval-batch-size", type=_count(0), default=0, help="windows at a time; 0 measures no perplexity (default)")
+    add(
+        "--ppl-eval-batch-size", type=_count(0), default=0, help="windows at a time; 0 measures no perplexity (default)"
+    )
     add("--ppl-dataset", help="text for perplexity (default: the test part of --cal-dataset)")
     add("--ppl-eval-tokens", type=_count(2), default=1_000_000, help="at most so many tokens (default: 1,000,000)")
     add("--ppl-eval-seqlen", type=_count(2), default=2048, help="tokens a window of perplexity (default: 2048)")
     add("--freqfold", type=_count_or_auto, default="auto", help="neighbouring frequencies in one band, or auto")
-    add("--collapse", type=_collapse, default="auto", help="auto: head dimension / --qk-mqa-dim; a smaller number; search")
+    add(
+        "--collapse",
+        type=_collapse,
+        default="auto",
+        help="auto: head dimension / --qk-mqa-dim; a smaller number; search",
+    )
     add("--qk-mqa-dim", type=_count(1), default=64, help="dimension of the rope head (default: 64)")
     add("--q-lora-rank", type=_count_or_none, help="rank of the queries, or None for full rank (default)")
     add("--kv-lora-rank", type=_count(1), default=512, help="dimension of the latent (default: 512)")
@@ -152,7 +163,7 @@ def recipe_tree(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe that the arguments mean."""
     import yaml
 
-    from transmla.compose import share
+    from transmla.recipe.names import share
 
     train, test = args.cal_dataset, args.ppl_dataset
     if test is None and (share("data") / f"{train}_test.yaml").is_file():
@@ -235,20 +246,26 @@ def _run(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda:"):
         _choose_device(int(args.device.removeprefix("cuda:")))
 
-    from transmla.cli import quiet
-    from transmla.convert_run import ConvertRun, require_free
-    from transmla.plan import render_plan
-    from transmla.preflight import prepare
-    from transmla.recipe import validate_recipe
+    from transmla.recipe.validation import validate_recipe
 
-    prepared = prepare(validate_recipe(recipe_tree(args)))
+    recipe = validate_recipe(recipe_tree(args))
+
+    from transmla.plan.checks import prepare
+    from transmla.plan.dry_run import render_plan
+    from transmla.run.comparison import require_free, save_conversion
+    from transmla.run.context import Run
+    from transmla.run.environment import quiet
+
+    prepared = prepare(recipe)
     if args.dry_run:
         print(render_plan(prepared))
         return
     require_free(prepared.output)
     quiet()
-    run = ConvertRun(prepared)
-    print(run.save(prepared.output, stock=args.deepseek_style, measure=args.ppl_eval_batch_size > 0))
+    table = save_conversion(
+        Run(prepared), prepared.output, stock=args.deepseek_style, measure=args.ppl_eval_batch_size > 0
+    )
+    print(table)
 
 
 if __name__ == "__main__":

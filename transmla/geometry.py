@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.recipe import Convert
+from transmla.recipe.schema import Convert
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class MLAGeometry:
     """Dimensions of one attention, the same in every layer. Names are DeepSeek's and the source's own.
 
     Channel m of the rope head rotates at the source's frequency number `collapse * m`. Those are the frequencies of a
-    stock rope of dimension P = `qk_rope_head_dim` with `rope_theta` raised to the power `collapse` * P / d: the source's
-    own with the natural collapse d / P. freqfold: one for all layers, or one a layer.
+    stock rope of dimension P = `qk_rope_head_dim` with `rope_theta` raised to the power `collapse` * P / d: the
+    source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer.
     """
 
     hidden_size: int
@@ -72,9 +72,7 @@ def head_dimension(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def derive_geometry(
-    config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None = None
-) -> MLAGeometry:
+def derive_geometry(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None = None) -> MLAGeometry:
     """Derive and check every dimension.
 
     Args:
@@ -100,7 +98,9 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
     if rope % 2:
         raise RecipeError("convert.qk_rope_head_dim", f"{rope} is odd; a rotary channel is a pair, use an even number")
     if rope > head_dim:
-        raise RecipeError("convert.qk_rope_head_dim", f"{rope} is above the head dimension {head_dim}; use at most that")
+        raise RecipeError(
+            "convert.qk_rope_head_dim", f"{rope} is above the head dimension {head_dim}; use at most that"
+        )
     pairs, channels = head_dim // 2, rope // 2
     natural = head_dim // rope
     if convert.collapse == "natural" and head_dim % rope:
@@ -113,11 +113,13 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
     if collapse * channels > pairs:
         raise RecipeError(
             "convert.collapse",
-            f"{collapse} does not fit: {channels} channels at every {collapse}th of {pairs} frequencies; use at most {natural}",
+            f"{collapse} does not fit: {channels} channels at every {collapse}th of {pairs} frequencies; use at "
+            f"most {natural}",
         )
     if collapse * rope != head_dim and rope_types(config) != {"default"}:
         raise RecipeError(
-            "convert.collapse", f"the source scales its frequencies, so only the natural one can be exported; use {natural}"
+            "convert.collapse",
+            f"the source scales its frequencies, so only the natural one can be exported; use {natural}",
         )
     if freqfold is None:
         freqfold = collapse if convert.freqfold == "auto" else convert.freqfold
@@ -127,7 +129,9 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
                 "convert.freqfold", f"{fold} is not divisible by collapse {collapse}; use a multiple of {collapse}"
             )
         if fold > pairs:
-            raise RecipeError("convert.freqfold", f"{fold} is above the {pairs} frequencies of a head; use a smaller one")
+            raise RecipeError(
+                "convert.freqfold", f"{fold} is above the {pairs} frequencies of a head; use a smaller one"
+            )
     full = full_rank(config)
     if convert.kv_lora_rank > full:
         raise RecipeError(
@@ -191,7 +195,9 @@ def candidates(config: PretrainedConfig, convert: Convert) -> list[Convert]:
             option = convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": rank, "collapse": collapse})
             try:
                 if rope < 2 or rank < 1:
-                    raise RecipeError("convert.cached_values", f"{values} is too little for rope {rope} + latent {rank}")
+                    raise RecipeError(
+                        "convert.cached_values", f"{values} is too little for rope {rope} + latent {rank}"
+                    )
                 _derive(config, option, None)
             except RecipeError as error:
                 reason = reason or error

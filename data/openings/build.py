@@ -13,7 +13,9 @@ deserts|the ocean floor|coral reefs|rainforests|grasslands|food chains|photosynt
 fungi|seeds|roots and leaves|flowers and pollen|insects|spiders|fish|frogs|reptiles|birds|bats|whales|bears|camels|
 the human heart|the lungs|digestion|bones and muscles|the brain|the eye|hearing|skin|blood|hormones|vitamins|sleep|vaccines|
 genes|heredity|evolution|adaptation|extinction|ecosystems|pollution|recycling|solar power|wind turbines|engines|levers and
-pulleys|telescopes|microscopes|computers|radio|batteries|plastics|measurement|the scientific method""".replace("\n", " ")
+pulleys|telescopes|microscopes|computers|radio|batteries|plastics|measurement|the scientific method""".replace(
+    "\n", " "
+)
 PLACES = """a small village by the sea|a mountain town|a large city|the edge of the forest|an old farm|a quiet island|the desert|
 a busy harbor|a school in the country|a castle|the capital|a river valley|a railway station|a hospital|a market square|the north
 of the country|a poor neighborhood|the suburbs""".replace("\n", " ")
@@ -27,11 +29,15 @@ The museum""".replace("\n", " ")
 HISTORY = """the Roman Empire|ancient Egypt|the Middle Ages|the printing press|the Silk Road|the Industrial Revolution|the French
 Revolution|the First World War|the Second World War|the Cold War|the American Civil War|the Renaissance|the railways|the
 telephone|the discovery of penicillin|the exploration of the poles|the space race|colonialism|slavery|the voting rights of women|
-the city of Rome|Japan|India|China|Brazil|Mexico|Kenya|Canada|Australia|Russia|Poland|Spain|the Ottoman Empire""".replace("\n", " ")
+the city of Rome|Japan|India|China|Brazil|Mexico|Kenya|Canada|Australia|Russia|Poland|Spain|the Ottoman Empire""".replace(
+    "\n", " "
+)
 DAILY = """cooking rice|baking bread|growing tomatoes|choosing a bicycle|learning a language|training a dog|saving money|finding a job|
 playing chess|painting a room|swimming|running|making new friends|moving house|writing a letter|reading aloud to children|
 planning a trip|fixing a leaking tap|keeping bees|taking photographs|eating well|sleeping better|working from home|speaking in
-public|taking care of an elderly parent|buying a used car|football|basketball|tennis|singing in a choir""".replace("\n", " ")
+public|taking care of an elderly parent|buying a used car|football|basketball|tennis|singing in a choir""".replace(
+    "\n", " "
+)
 
 TEMPLATES = [
     (
@@ -90,4 +96,6 @@ def openings() -> list[str]:
 
 if __name__ == "__main__":
     file = Path(__file__).parent / "openings.jsonl"
-    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in openings()), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in openings()), encoding="utf-8"
+    )

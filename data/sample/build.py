@@ -15,13 +15,72 @@ from pathlib import Path
 
 SEED = 20240607
 MIN_CHARS, MAX_CHARS = 1000, 8000
-SQLITE_PAGES = """whentouse testing howtocorrupt fasterthanfs wal atomiccommit lockingv3 arch vtab queryplanner rtree
-queryplanner-ng optoverview fts3 json1 isolation malloc mmap quirks faq different serverless appfileformat datatype3
-autoinc foreignkeys partialindex withoutrowid expridx undoredo sharedcache unlock_notify inmemorydb gencol tempfiles
-backup security whynotgit cintro sessionintro np1queryprob flextypegood stricttables windowfunctions vfs""".split()
+SQLITE_PAGES = [
+    "whentouse",
+    "testing",
+    "howtocorrupt",
+    "fasterthanfs",
+    "wal",
+    "atomiccommit",
+    "lockingv3",
+    "arch",
+    "vtab",
+    "queryplanner",
+    "rtree",
+    "queryplanner-ng",
+    "optoverview",
+    "fts3",
+    "json1",
+    "isolation",
+    "malloc",
+    "mmap",
+    "quirks",
+    "faq",
+    "different",
+    "serverless",
+    "appfileformat",
+    "datatype3",
+    "autoinc",
+    "foreignkeys",
+    "partialindex",
+    "withoutrowid",
+    "expridx",
+    "undoredo",
+    "sharedcache",
+    "unlock_notify",
+    "inmemorydb",
+    "gencol",
+    "tempfiles",
+    "backup",
+    "security",
+    "whynotgit",
+    "cintro",
+    "sessionintro",
+    "np1queryprob",
+    "flextypegood",
+    "stricttables",
+    "windowfunctions",
+    "vfs",
+]
 NOVELS = r"(?:Austen|Conrard|Eliot|Joyce|Wells|Woolf).* - (.*)\.txt"
 PLAYS, SPEECH = r"as-you-like-it|merry-wives|much-ado", r"(?ms)^\*\*([^*\n]+)\*\*[ ]*\n(.*?)(?=^\*\*|^#|\Z)"
-BOOKS = "Genesis Exodus Ruth Job Proverbs Ecclesiastes Isaiah Jonah Matthew Mark Luke John Acts Romans James".split()
+BOOKS = [
+    "Genesis",
+    "Exodus",
+    "Ruth",
+    "Job",
+    "Proverbs",
+    "Ecclesiastes",
+    "Isaiah",
+    "Jonah",
+    "Matthew",
+    "Mark",
+    "Luke",
+    "John",
+    "Acts",
+    "Romans",
+    "James",
+]
 
 
 def package(folder: Path, prefix: str) -> tuple[list[str], Callable[[str], str]]:
@@ -31,11 +90,11 @@ def package(folder: Path, prefix: str) -> tuple[list[str], Callable[[str], str]]
     if path.suffix == ".deb":  # an ar archive whose last member is data.tar.xz
         raw = raw[raw.index(b"data.tar") + 60 :]
     if path.suffix == ".whl":
-        archive = zipfile.ZipFile(path)
-        files = {n: archive.read(n) for n in archive.namelist()}
+        with zipfile.ZipFile(path) as archive:
+            files = {n: archive.read(n) for n in archive.namelist()}
     else:
-        tar = tarfile.open(fileobj=io.BytesIO(raw))
-        files = {m.name.removeprefix("./"): f.read() for m in tar if m.isfile() and (f := tar.extractfile(m))}
+        with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
+            files = {m.name.removeprefix("./"): f.read() for m in tar if m.isfile() and (f := tar.extractfile(m))}
 
     def read(name: str) -> str:
         data = gzip.decompress(files[name]) if name.endswith((".gz", ".dz")) else files[name]
@@ -61,8 +120,11 @@ def paragraphs(text: str) -> list[str]:
 def prose(text: str, least: int = 80) -> list[str]:
     """Keep the paragraphs of a text that read as sentences: mostly letters, opened and closed as such."""
     good = r"(?s)[A-Z0-9\"'(\[\u201c\u2018].*[.!?:;,\u2014][\"')\u201d\u2019]*"
-    return [p for p in paragraphs(text) if len(p) >= least and re.fullmatch(good, p)
-            and sum(c.isalpha() or c in " ,.'" for c in p) > 0.93 * len(p)]
+    return [
+        p
+        for p in paragraphs(text)
+        if len(p) >= least and re.fullmatch(good, p) and sum(c.isalpha() or c in " ,.'" for c in p) > 0.93 * len(p)
+    ]
 
 
 def cut(paras: Iterable[str], rng: random.Random, high: int = 4000) -> list[str]:
@@ -97,8 +159,17 @@ def comments(source: str) -> list[str]:
 def jargon(text: str) -> tuple[list[str], list[str]]:
     """Return (essay paragraphs, dictionary entries) of the Jargon File; The Story of Mel is left out."""
     text = re.sub(r"\{([^{}]*)\}", r"\1", text.replace("\u00a0", " "))
-    marks = ("Chapter 1. H", "Chapter 3. R", "Chapter 4. J", "Chapter 12. F", "Glossary", "Appendix A. H",
-             "The Story of Mel", "Appendix B. A Por", "Appendix C. H")
+    marks = (
+        "Chapter 1. H",
+        "Chapter 3. R",
+        "Chapter 4. J",
+        "Chapter 12. F",
+        "Glossary",
+        "Appendix A. H",
+        "The Story of Mel",
+        "Appendix B. A Por",
+        "Appendix C. H",
+    )
     at = [text.index("\n" + m) for m in marks]
     entries = []
     for head, body in re.findall(r"(?ms)^   :([^:\n]+):[^\n]*\n(.*?)(?=^   :[^:\n]+:|\Z)", text[at[4] : at[5]]):
@@ -111,8 +182,8 @@ def jargon(text: str) -> tuple[list[str], list[str]]:
 def devil(text: str) -> list[str]:
     """Return the prose definitions of the Devil's Dictionary, the verse left out."""
     out = []
-    head = r"^([A-Z][A-Z' -]+), [a-z.& ]+\.  "
-    for head, body in re.findall(rf"(?ms){head}(.*?)(?={head.replace('(', '(?:')}|\Z)", text):
+    start = r"^([A-Z][A-Z' -]+), [a-z.& ]+\.  "
+    for head, body in re.findall(rf"(?ms){start}(.*?)(?={start.replace('(', '(?:')}|\Z)", text):
         kept = [tidy(p) for p in re.split(r"\n\s*\n", body) if not p.startswith("   ") and len(p) > 30]
         if kept and not kept[-1].endswith(":"):
             out.append("\n\n".join([f"{head.capitalize()}: {kept[0]}", *kept[1:]]))
@@ -124,8 +195,10 @@ def bible(data: str) -> list[list[str]]:
     chapters: dict[tuple[str, int], list[str]] = {}
     base = sqlite3.connect(":memory:")
     base.deserialize(data.encode("latin-1"))
-    query = ("select ShortName, ChapterID, Passage1 || ' ' || Passage2 from Bible join Books using "
-             "(TestamentID, BookID) order by TestamentID, BookID, ChapterID, VerseID")
+    query = (
+        "select ShortName, ChapterID, Passage1 || ' ' || Passage2 from Bible join Books using "
+        "(TestamentID, BookID) order by TestamentID, BookID, ChapterID, VerseID"
+    )
     for book, chapter, verse in base.execute(query):
         chapters.setdefault((book, chapter), []).append(tidy(re.sub(r"\b\d+:\d+ ", "", verse)))
     return [[" ".join(v[i : i + 5]) for i in range(0, len(v), 5)] for (b, _), v in chapters.items() if b in BOOKS]
@@ -155,8 +228,11 @@ def build(folder: Path) -> dict[str, list[dict[str, str]]]:
     add("technical documentation", "sqlite-documentation", [d for p in pages for d in cut(p, rng, 6000)], 95_000)
     read = package(folder, "yt-dlp_")[1]
     add("technical documentation", "yt-dlp-readme", cut(prose(read("usr/share/doc/yt-dlp/README.txt.gz")), rng), 18_000)
-    for source, prefix, budget in (("sqlite", "libsqlite3-dev_", 42_000), ("liblzma", "liblzma-dev_", 12_000),
-                                   ("stb", "libstb-dev_", 18_000)):
+    for source, prefix, budget in (
+        ("sqlite", "libsqlite3-dev_", 42_000),
+        ("liblzma", "liblzma-dev_", 12_000),
+        ("stb", "libstb-dev_", 18_000),
+    ):
         names, read = package(folder, prefix)
         docs = cut([p for n in names if n.endswith(".h") for p in comments(read(n))], rng)
         add("source code comments", f"{source}-header-comments", docs, budget)

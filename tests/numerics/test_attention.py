@@ -5,8 +5,10 @@ import torch
 from transformers import DynamicCache
 
 from tests.conftest import VOCAB, settings, tiny_model, windows
-from transmla.convert.convert import convert_model
-from transmla.modeling.backends import eager_attention, one_query, sdpa
+from transmla.convert.conversion import convert_model
+from transmla.modeling.kernels.eager import eager_attention
+from transmla.modeling.kernels.fused import sdpa
+from transmla.modeling.kernels.one_query import one_query
 
 
 def student():
@@ -107,7 +109,12 @@ def test_one_query_against_the_definition(mask_of: torch.dtype | None) -> None:
     additive = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
     repeated_key, repeated_value = (states.double().repeat_interleave(3, dim=1) for states in (key, value))
     wanted = eager_attention(
-        torch.nn.Module().eval(), query.double(), repeated_key, repeated_value, None if mask_of is None else additive, 0.3
+        torch.nn.Module().eval(),
+        query.double(),
+        repeated_key,
+        repeated_value,
+        None if mask_of is None else additive,
+        0.3,
     )[0]
     mask = None if mask_of is None else seen if mask_of == torch.bool else additive
     halves = [(query[..., :3], key[..., :3]), (query[..., 3:], key[..., 3:])]
@@ -141,7 +148,9 @@ def test_one_token_at_a_time_with_padding(family: str) -> None:
             at = slice(place, place + 1)
             steps.append(
                 model(
-                    input_ids=rows[:, at], attention_mask=mask[:, : place + 1], position_ids=positions[:, at],
+                    input_ids=rows[:, at],
+                    attention_mask=mask[:, : place + 1],
+                    position_ids=positions[:, at],
                     past_key_values=cache,
                 ).logits
             )
@@ -182,7 +191,9 @@ def test_absorbed_equals_expanded(family: str) -> None:
     with torch.no_grad():
         whole = model(input_ids=rows, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
         cache = DynamicCache(config=model.config)
-        model(input_ids=rows[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache)
+        model(
+            input_ids=rows[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], past_key_values=cache
+        )
         for layer in model.model.layers:
             layer.self_attn.kv_b_proj.register_forward_hook(lambda *_: calls.append(1))
         last = model(

@@ -66,7 +66,9 @@ def test_what_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(layer.averaged, averaged, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.averaged_mean, z.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(layer.attended, attended, rtol=1e-4, atol=1e-6)
-        value = (x @ attention.v_proj.weight.double().T).unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 2)
+        value = (
+            (x @ attention.v_proj.weight.double().T).unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 2)
+        )
         output = attention.o_proj.weight.double().unflatten(1, (heads, -1))
         through = torch.einsum("bshd,xhd->bhsx", value, output)  # O_h v_s
         spread = through[:, :, None] - torch.einsum("bhts,bhsx->bhtx", weights, through)[:, :, :, None]
@@ -77,7 +79,9 @@ def test_what_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model(rows)
     handle.remove()
-    torch.testing.assert_close(statistics[0].output_mean_square, float(seen[0].square().sum(-1).mean()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        statistics[0].output_mean_square, float(seen[0].square().sum(-1).mean()), rtol=1e-5, atol=0
+    )
 
 
 def test_a_share_of_the_queries_is_enough() -> None:

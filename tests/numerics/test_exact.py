@@ -5,8 +5,9 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_model, windows
-from transmla.convert.convert import convert_model
-from transmla.export.deepseek import deepseek_config, export_state
+from transmla.convert.conversion import convert_model
+from transmla.export.deepseek_config import deepseek_config
+from transmla.export.deepseek_weights import export_state
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
 CASES = {
@@ -14,9 +15,7 @@ CASES = {
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "llama3 rope": (
         "llama",
-        {
-            "rope_parameters": LLAMA3
-        },
+        {"rope_parameters": LLAMA3},
     ),
     "qwen2": ("qwen2", {}),
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from transmla.convert.factorize import joint_key_value, joint_two_moments, low_rank, symmetric_root
+from transmla.convert.low_rank import joint_key_value, joint_two_moments, low_rank, symmetric_root
 
 
 def spd(*shape: int) -> torch.Tensor:
@@ -39,8 +39,15 @@ def test_truncation_is_the_optimum() -> None:
 
 def test_cost_decides_what_is_kept() -> None:
     """With one direction left, the costlier of keys and values gets it."""
-    k_nope, value, moment = torch.randn(2, 3, 20, dtype=torch.float64), torch.randn(2, 3, 20, dtype=torch.float64), spd(20)
-    cheap, dear = torch.eye(3, dtype=torch.float64).expand(2, -1, -1) * 1e-6, torch.eye(3, dtype=torch.float64).expand(2, -1, -1)
+    k_nope, value, moment = (
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        torch.randn(2, 3, 20, dtype=torch.float64),
+        spd(20),
+    )
+    cheap, dear = (
+        torch.eye(3, dtype=torch.float64).expand(2, -1, -1) * 1e-6,
+        torch.eye(3, dtype=torch.float64).expand(2, -1, -1),
+    )
     for key_cost, value_cost, kept in ((dear, cheap, k_nope), (cheap, dear, value)):
         down, up_key, up_value = joint_key_value(k_nope, value, moment, key_cost, value_cost, 6)
         up = up_key if kept is k_nope else up_value

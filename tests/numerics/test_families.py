@@ -10,20 +10,25 @@ from torch.nn import functional as F
 
 from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_config, tiny_model, windows
 from transmla.convert.calibration import calibrate, capped_attention
-from transmla.convert.convert import convert_model, solve_model
-from transmla.convert.keynorm import fit_keys
+from transmla.convert.conversion import assemble_student, convert_model
+from transmla.convert.key_norm import fit_keys
 from transmla.errors import RecipeError
 from transmla.export.formats import choose_format
 from transmla.families import FAMILIES, default_kernel, family_of
+from transmla.families.student_config import student_config
 from transmla.geometry import derive_geometry
-from transmla.modeling.backends import eager_attention
-from transmla.modeling.student import student_config
-from transmla.recipe import Export
-from transmla.sources import load_model
+from transmla.modeling.kernels.eager import eager_attention
+from transmla.recipe.schema import Export
+from transmla.sources.local_model import load_model
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
 # Small caps and windows, so that a student without them would be far off.
-GEMMA2 = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 24, "sliding_window": 8}
+GEMMA2 = {
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 5.0,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 8,
+}
 GEMMA3 = {"query_pre_attn_scalar": 24, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -178,11 +183,15 @@ def test_student_equals_a_source_with_linear_keys(case: str, monkeypatch: pytest
     chosen = settings(**FULL, refit=False)
     kernel = source.config._attn_implementation
     source.set_attn_implementation("eager")
-    received = [weights.double().mean(1).sum(1).flatten() for weights in source(text, output_attentions=True).attentions]
+    received = [
+        weights.double().mean(1).sum(1).flatten() for weights in source(text, output_attentions=True).attentions
+    ]
     source.set_attn_implementation(kernel)
-    student = solve_model(source, derive_geometry(source.config, chosen), chosen, statistics)
+    student = assemble_student(source, derive_geometry(source.config, chosen), chosen, statistics)
     for index, layer in enumerate(source.model.layers):
-        fit = fit_keys(FAMILIES[family].read_attention(layer.self_attn, source.config, source.device), statistics[index])
+        fit = fit_keys(
+            FAMILIES[family].read_attention(layer.self_attn, source.config, source.device), statistics[index]
+        )
         x = F.pad(inputs[index], (0, 1), value=1.0)
         share = ((1 + received[index]) / 2).sqrt()[:, None]
         best = torch.linalg.lstsq(share * x, share * keys[index]).solution
@@ -269,7 +278,13 @@ def test_the_final_format_follows_from_the_configuration() -> None:
 
     assert chosen({"sliding_window": None}) == chosen({"sliding_window": 256}, "deepseek_v3") == "deepseek_v3"
     assert chosen({"sliding_window": 255}) == chosen({"sliding_window": None}, "student") == "mla_mistral"
-    for family, fields in (("mistral", {"sliding_window": 255}), ("gemma2", {}), ("gemma3_text", {}), ("qwen3", {}), ("mixtral", {})):
+    for family, fields in (
+        ("mistral", {"sliding_window": 255}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+        ("qwen3", {}),
+        ("mixtral", {}),
+    ):
         with pytest.raises(RecipeError, match="a stock checkpoint cannot express"):
             chosen(fields, "deepseek_v3", family)
 
@@ -302,7 +317,9 @@ def test_mimo_checkpoint_of_the_hub(tmp_path) -> None:
     content["auto_map"] = {name: f"code.{name}" for name in ("AutoConfig", "AutoModelForCausalLM")}
     (tmp_path / "config.json").write_text(json.dumps(content))
     loaded = load_model(tmp_path, torch.float32, "cpu")
-    assert loaded.config.num_nextn_predict_layers == 1 and "are dropped" in family_of(loaded.config).notice(loaded.config)
+    assert loaded.config.num_nextn_predict_layers == 1 and "are dropped" in family_of(loaded.config).notice(
+        loaded.config
+    )
     assert difference(loaded, source) == 0.0
     student, _ = convert(loaded, kv_lora_rank=32)
     assert not {"auto_map", "num_nextn_predict_layers"} & set(student.config.to_dict())

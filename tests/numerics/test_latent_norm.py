@@ -6,8 +6,9 @@ from transformers import DeepseekV3ForCausalLM
 
 from tests.conftest import settings, tiny_model, windows
 from tests.numerics.test_exact import TOKENS, difference, stock
-from transmla.convert.convert import convert_model
-from transmla.export.deepseek import blocking_dtype, blocking_feature, export_state
+from transmla.convert.conversion import convert_model
+from transmla.export.deepseek_weights import export_state
+from transmla.export.expressible import blocking_dtype, blocking_feature
 
 TRUNCATED = dict(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2)
 
@@ -37,7 +38,8 @@ def rms(values: torch.Tensor) -> float:
 
 
 def test_the_norm_keeps_the_latents_scale() -> None:
-    """Of the first layer, whose input is the same with and without norm; the inverse rms would miss it by its square."""
+    """Of the first layer, whose input is the same with and without norm; the inverse rms would miss it by its
+    square."""
     plain, normed = latents(student_of(norm=False))[0], latents(student_of())[0]
     assert abs(rms(plain) - 1) > 0.1  # else the inverse would pass too
     assert rms(normed) == pytest.approx(rms(plain), rel=1e-3)

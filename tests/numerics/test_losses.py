@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from transmla.measure.attention_errors import normalised_error
 from transmla.recover import losses
 from transmla.recover.divergence import Divergence
-from transmla.recover.losses import Kept, Mixture, Teacher, normalised_error, token_loss
+from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
 
 FORWARD, REVERSE = Divergence("forward_kl"), Divergence("reverse_kl")
 DIVERGENCES = [FORWARD, REVERSE, Divergence("jsd", 0.5), Divergence("jsd", 0.1), Divergence("jsd", 0.9)]
@@ -20,21 +21,24 @@ def names(divergence: Divergence) -> str:
 
 def definition(p, q, divergence: Divergence):
     """Sum over rows, from probabilities, as the papers write it."""
+
     def kl(one, other):
         return torch.where(one > 0, one * (one.log() - other.log()), 0.0).sum()
 
     if divergence.kind == "jsd":
-
         middle = divergence.beta * p + (1 - divergence.beta) * q
         return divergence.beta * kl(p, middle) + (1 - divergence.beta) * kl(q, middle)
     return kl(p, q) if divergence.kind == "forward_kl" else kl(q, p)
+
+
+PLAIN = Mixture()
 
 
 def capped(logits, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def reference(student, head, teacher, *, labels=None, mixture=Mixture(), softcap=None):
+def reference(student, head, teacher, *, labels=None, mixture=PLAIN, softcap=None):
     logits = capped(student @ head.T, softcap)
     entropy = F.cross_entropy(logits, labels, reduction="sum") if labels is not None else 0.0
     if teacher is None:
@@ -42,9 +46,7 @@ def reference(student, head, teacher, *, labels=None, mixture=Mixture(), softcap
     q = F.softmax(logits / mixture.temperature, -1)
     if isinstance(teacher, Kept):
         p = teacher.logp.double().exp()
-        q, p = (
-            torch.cat((x, 1 - x.sum(-1, keepdim=True)), -1) for x in (q.gather(1, teacher.ids), p)
-        )
+        q, p = (torch.cat((x, 1 - x.sum(-1, keepdim=True)), -1) for x in (q.gather(1, teacher.ids), p))
     else:
         p = F.softmax(capped(teacher.hidden.double() @ teacher.head.double().T, softcap) / mixture.temperature, -1)
     whole = mixture.temperature**2 * definition(p, q, mixture.divergence)
@@ -104,7 +106,9 @@ def test_a_negative_label_leaves_the_divergence_whole(tensors, divergence, kept,
     exact_student, exact_head = student.double().requires_grad_(), head.double().requires_grad_()
     human = labels >= 0
     exact = reference(exact_student[human], exact_head, part(human), labels=labels[human], mixture=mixture)
-    exact = exact + reference(exact_student[~human], exact_head, part(~human), mixture=Mixture(divergence, mixture.temperature))
+    exact = exact + reference(
+        exact_student[~human], exact_head, part(~human), mixture=Mixture(divergence, mixture.temperature)
+    )
     exact.backward()
     for compiled in (False, True):
         if compiled:
@@ -130,7 +134,14 @@ def test_kept_part_of_the_teacher(tensors, divergence, share) -> None:
     student, head, teacher = tensors
     logp, ids = F.log_softmax(teacher.hidden @ teacher.head.T, -1).topk(16)
     labels = torch.randint(0, 301, (50,))
-    compare(student, head, Kept(ids, logp), chunk=16, labels=labels if share else None, mixture=Mixture(divergence, 1.0, share))
+    compare(
+        student,
+        head,
+        Kept(ids, logp),
+        chunk=16,
+        labels=labels if share else None,
+        mixture=Mixture(divergence, 1.0, share),
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=names)
@@ -253,7 +264,9 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(ValueError, match="labels"):
         token_loss(hidden, head, None)
     with pytest.raises(ValueError, match="temperature"):
-        token_loss(hidden, head, Kept(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1)), mixture=Mixture(temperature=2.0))
+        token_loss(
+            hidden, head, Kept(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1)), mixture=Mixture(temperature=2.0)
+        )
     with pytest.raises(ValueError, match="beta"):
         Divergence("jsd", 1.0)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.conftest import FULL, settings, tiny_model, windows
 from transmla.convert import refit
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
 from transmla.convert.refit import Moments, choose_damping, ridge_update
 
 SMALL = dict(qk_rope_head_dim=8, kv_lora_rank=12, freqfold=2)

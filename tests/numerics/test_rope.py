@@ -50,7 +50,9 @@ def test_exact_with_one_key_head(t: int, s: int) -> None:
 def test_nothing_is_lost_but_rotations(mixing: str) -> None:
     """Kept and remaining parts, both given the true rotation, add up to the source's logit."""
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None, mixing=mixing)
+    rope = decouple_rope(
+        query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None, mixing=mixing
+    )
     t, s = 11, 3
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
@@ -62,14 +64,19 @@ def test_nothing_is_lost_but_rotations(mixing: str) -> None:
 
 @pytest.mark.parametrize("freqfold,collapse", [(2, 2), (4, 2), (8, 4)])
 def test_bands_keep_the_frequencies_of_a_stock_rope(freqfold: int, collapse: int) -> None:
-    """At distance zero no rotation matters: the parts add up exactly, and the rope head has d / collapse coordinates."""
+    """At distance zero no rotation matters: the parts add up exactly, and the rope head has d / collapse
+    coordinates."""
     query, key, moment, x = maps()
     channels = DIM // 2 // collapse
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=freqfold, collapse=collapse, channels=channels, distance=None)
+    rope = decouple_rope(
+        query, key, moment, FREQUENCIES, freqfold=freqfold, collapse=collapse, channels=channels, distance=None
+    )
     assert rope.k_rope.shape == (DIM // collapse, INPUT)
     for head in range(HEADS):
         expected = (query[head] @ x[0]) @ (key[head // 2] @ x[1])
-        got = (rope.q_rope[head] @ x[0]) @ (rope.k_rope @ x[1]) + (rope.q_nope[head] @ x[0]) @ (rope.k_nope[head // 2] @ x[1])
+        got = (rope.q_rope[head] @ x[0]) @ (rope.k_rope @ x[1]) + (rope.q_nope[head] @ x[0]) @ (
+            rope.k_nope[head // 2] @ x[1]
+        )
         torch.testing.assert_close(got, expected)
 
 
@@ -77,7 +84,9 @@ def test_complex_mixing_keeps_at_least_the_energy_of_real_mixing() -> None:
     query, key, moment, _ = maps()
     energy = {}
     for mixing in ("complex", "real"):
-        rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=2, collapse=2, channels=DIM // 4, distance=None, mixing=mixing)
+        rope = decouple_rope(
+            query, key, moment, FREQUENCIES, freqfold=2, collapse=2, channels=DIM // 4, distance=None, mixing=mixing
+        )
         energy[mixing] = torch.einsum("px,xy,py->", rope.k_rope, moment, rope.k_rope)
     assert energy["complex"] > energy["real"] * 1.01
 
@@ -87,7 +96,8 @@ def test_mean_rotation_and_its_sign() -> None:
     distance = torch.zeros(HEADS, 8, dtype=torch.float64)
     distance[:, 3] = 1.0
     torch.testing.assert_close(
-        mean_rotation(distance, FREQUENCIES)[0], torch.polar(torch.ones(DIM // 2, dtype=torch.float64), -3 * FREQUENCIES)
+        mean_rotation(distance, FREQUENCIES)[0],
+        torch.polar(torch.ones(DIM // 2, dtype=torch.float64), -3 * FREQUENCIES),
     )
     query, key, moment, x = maps()
     rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=distance)
@@ -103,6 +113,7 @@ def test_mean_rotation_of_a_spread() -> None:
     distance = torch.rand(2, 5, dtype=torch.float64)
     distance /= distance.sum(-1, keepdim=True)
     expected = sum(
-        distance[:, step, None] * torch.polar(torch.ones(8, dtype=torch.float64), -step * FREQUENCIES) for step in range(5)
+        distance[:, step, None] * torch.polar(torch.ones(8, dtype=torch.float64), -step * FREQUENCIES)
+        for step in range(5)
     )
     torch.testing.assert_close(mean_rotation(distance, FREQUENCIES), expected)

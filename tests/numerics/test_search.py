@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.conftest import settings, tiny_model, windows
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
 from transmla.convert.search import split
 from transmla.errors import RecipeError
-from transmla.export.deepseek import deepseek_config, export_state
+from transmla.export.deepseek_config import deepseek_config
+from transmla.export.deepseek_weights import export_state
 from transmla.geometry import candidates, derive_geometry
 
 ROWS = torch.cat(windows(32))

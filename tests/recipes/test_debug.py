@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transmla.artifacts import read_records as records
+from tests.conftest import all_metadata as records
 from transmla.cli import main
 
 COMMAND = ["recover", "recipe=debug", "device=cpu"]
@@ -40,7 +40,12 @@ def test_what_it_leaves(finished: Path) -> None:
     assert quality["exported"]["kl"] == pytest.approx(quality["recovered"]["kl"], abs=1e-4)
     assert quality["exported"]["perplexity"] == pytest.approx(quality["recovered"]["perplexity"], rel=1e-4)
     assert report["export"]["format"] == "deepseek_v3" and report["export"]["max_abs_logprob_diff"] < 1e-3
-    assert [stage["name"] for stage in report["stages"]][:4] == ["convert", "recover.0 layerwise", "recover.1 distill", "export"]
+    assert [stage["name"] for stage in report["stages"]][:4] == [
+        "convert",
+        "recover.0 layerwise",
+        "recover.1 distill",
+        "export",
+    ]
     assert all(stage["tokens"] > 0 for stage in report["stages"][:3])
     assert report["seed"] == 0 and set(report["versions"]) >= {"torch", "transformers", "trl"}
     for folder in ("converted", "recovered", "exported", "stages/0_layerwise"):
@@ -62,7 +67,9 @@ def test_the_export_is_stock(finished: Path) -> None:
 
 
 def test_a_second_run_skips_everything(finished: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.pipeline.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *args: pytest.fail("a model was loaded")
+    )
     before = records(finished)
     assert remade(capsys, finished) == []
     assert records(finished) == before
@@ -72,7 +79,10 @@ def test_only_what_depends_on_a_change_runs_again(finished: Path, capsys) -> Non
     evaluations = [f"evaluate {name}" for name in ("teacher", "converted", "recovered", "exported")]
     assert remade(capsys, finished, "evaluate.tokens=768") == evaluations
     assert remade(capsys, finished, "evaluate.tokens=768", "export.layout=padded") == ["export", "evaluate exported"]
-    assert remade(capsys, finished, "evaluate.tokens=768", "export.layout=padded", "recover.1.trainer.logging_steps=3") == []
+    assert (
+        remade(capsys, finished, "evaluate.tokens=768", "export.layout=padded", "recover.1.trainer.logging_steps=3")
+        == []
+    )
     assert remade(capsys, finished, "evaluate.tokens=768", "export.layout=padded", "recover.1.temperature=2") == [
         "recover.1 distill",
         "export",
@@ -111,7 +121,7 @@ def test_a_wrong_export_is_caught(finished: Path, tmp_path, monkeypatch) -> None
     """The reload check is not a formality: a rope that stays half-split does not pass."""
     import torch
 
-    monkeypatch.setattr("transmla.export.deepseek.rope_slots", lambda source, target: torch.arange(source))
+    monkeypatch.setattr("transmla.export.deepseek_weights.rope_slots", lambda source, target: torch.arange(source))
     with pytest.raises(RuntimeError, match="nothing was published"):
         main([*COMMAND, f"output_dir={tmp_path / 'debug'}", "recover=[]"])
 
@@ -140,7 +150,7 @@ def test_single_steps(tmp_path, capsys) -> None:
 def test_a_lengthened_recipe_keeps_its_first_stages(tmp_path, capsys) -> None:
     import yaml
 
-    from transmla.compose import share
+    from transmla.recipe.names import share
 
     tree = yaml.safe_load((share("recipes") / "debug.yaml").read_text())
     first = {**tree, "recover": tree["recover"][:1]}
@@ -182,5 +192,3 @@ def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch) -> None:
     record = records(out)["recovered"]
     assert record["resumed_from"].endswith("checkpoint-4")
     assert record["tokens"] == 6 * 4 * 128
-
-

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transmla.artifacts import read_records
+from tests.conftest import all_metadata
 from transmla.cli import main
 
 WORDS = ["a cat", "dogs", "the sea", "ten", "a house on the hill"]
@@ -14,7 +14,11 @@ WORDS = ["a cat", "dogs", "the sea", "ten", "a house on the hill"]
 
 def questions(file: Path, *, shift: int = 0) -> Path:
     rows = [
-        {"ctx": f"Question: which of {number}?\nAnswer:", "choices": [f" {word}" for word in WORDS[number % 3 :]], "gold": (number + shift) % 2}
+        {
+            "ctx": f"Question: which of {number}?\nAnswer:",
+            "choices": [f" {word}" for word in WORDS[number % 3 :]],
+            "gold": (number + shift) % 2,
+        }
         for number in range(12)
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -25,7 +29,8 @@ def questions(file: Path, *, shift: int = 0) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """The words of a run without recovery, and its folder, whose thresholds are met."""
     folder = tmp_path_factory.mktemp("questions")
-    tasks = f"evaluate.tasks=[{questions(folder / 'first.jsonl')},{{path: {questions(folder / 'other.jsonl', shift=1)}, name: second, limit: 9}}]"
+    first, other = questions(folder / "first.jsonl"), questions(folder / "other.jsonl", shift=1)
+    tasks = f"evaluate.tasks=[{first},{{path: {other}, name: second, limit: 9}}]"
     words = ["recipe=debug", "device=cpu", "recover=[]", f"output_dir={folder}/out", tasks]
     assert main(["recover", *words, require("accuracy_drop", "average", 100.0)]) == 0
     return words, folder / "out"
@@ -46,7 +51,9 @@ def test_the_report_has_the_questions(finished: tuple[list[str], Path]) -> None:
         right = [line["gold"] == line[model] for line in lines if line["task"] == "second"]
         assert report["tasks"][model]["second"]["acc"] == pytest.approx(sum(right) / 9)
     first = report["tasks"]["exported"]["first"]
-    assert first["difference"]["acc"]["value"] == pytest.approx(first["acc"] - report["tasks"]["teacher"]["first"]["acc"])
+    assert first["difference"]["acc"]["value"] == pytest.approx(
+        first["acc"] - report["tasks"]["teacher"]["first"]["acc"]
+    )
     # the exported model is the student without rounding, in other classes
     assert [line["converted"] for line in lines] == [line["exported"] for line in lines]
     rows = {(row["measure"], row["data"]): row["per_cent"] for row in report["recovered"]}
@@ -59,14 +66,14 @@ def test_the_report_has_the_questions(finished: tuple[list[str], Path]) -> None:
 
 def test_a_missed_threshold_is_exit_code_1_after_the_report(finished: tuple[list[str], Path], capsys) -> None:
     words, out = finished
-    before = read_records(out)
+    before = all_metadata(out)
     capsys.readouterr()
     assert main(["evaluate", *words, require("kl", "sample_heldout", 0.0001)]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     kl = json.loads((out / "report.json").read_text())["quality"]["exported"]["sample_heldout"]["kl"]
     assert line == f"threshold missed: kl of exported on sample_heldout at most 0.0001, got {kl:.4g}"
     assert "**missed**" in (out / "report.md").read_text()
-    assert read_records(out) == before  # a threshold is no reason to evaluate again
+    assert all_metadata(out) == before  # a threshold is no reason to evaluate again
     assert main(["evaluate", *words, require("kl", "sample_heldout", 50.0)]) == 0
 
 
@@ -99,8 +106,10 @@ def test_other_questions_are_asked_again(finished: tuple[list[str], Path], capsy
         (["evaluate.require=[{measure: kl, data: sample_heldout}]"], "evaluate.require.0: give exactly one of at_most"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_runs(words: list[str], message: str, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.pipeline.Pipeline.__init__", lambda *args: pytest.fail("it ran"))
+def test_mistakes_are_one_line_before_anything_runs(
+    words: list[str], message: str, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("transmla.run.context.Run.__init__", lambda *args: pytest.fail("it ran"))
     assert main(["recover", "recipe=debug", f"output_dir={tmp_path}", "dry_run=true", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.numerics.test_families import GEMMA2, GEMMA3, GEMMA3_ROPE
 from transmla.cli import main
-from transmla.compose import share
-from transmla.export.verify import score
+from transmla.export.fresh_process import score
+from transmla.recipe.names import share
 
 FAMILIES = {
     "mistral": ("deepseek_v3", {"sliding_window": None}),
@@ -42,9 +42,9 @@ def write_recipe(family: str, folder: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures and no fresh process for the reload check; tests/recipes/test_debug.py has both."""
-    monkeypatch.setattr("transmla.evaluate.report.draw_figures", lambda *args: None)
+    monkeypatch.setattr("transmla.report.render.plot_figures", lambda *args: None)
     monkeypatch.setattr(
-        "transmla.export.publish.score_in_fresh_process",
+        "transmla.export.reload_check.score_in_fresh_process",
         lambda folder, tokens, out, stock: score(str(folder), str(tokens), str(out), "stock" if stock else "student"),
     )
 
@@ -94,7 +94,7 @@ def run_recipe(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 def test_perplexity_has_the_final_cap(tmp_path: Path) -> None:
     """What evaluation measures from hidden states is the model's own loss, cap and all."""
     from tests.conftest import tiny_model
-    from transmla.evaluate.perplexity import compare, final_hidden
+    from transmla.measure.perplexity import compare, final_hidden
 
     model = tiny_model("gemma2", **GEMMA2)
     tokens = torch.randint(1, 97, (2, 20))

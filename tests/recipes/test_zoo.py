@@ -5,9 +5,10 @@ import json
 import pytest
 
 from transmla.cli import main
-from transmla.compose import load_recipe, recipe_names
 from transmla.families import FAMILIES
-from transmla.preflight import prepare
+from transmla.plan.checks import prepare
+from transmla.recipe.compose import load_recipe
+from transmla.recipe.names import recipe_names
 
 NAMES = [name for name in recipe_names() if name.startswith("zoo/")]
 # Cached values that the source and the student have a token and layer.
@@ -66,7 +67,7 @@ def test_the_facts_give_the_published_size(name: str, billions: float) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    from transmla.sources import source_config
+    from transmla.sources.config import source_config
 
     config = source_config(load_recipe(f"zoo/{name}").model)
     with init_empty_weights():
@@ -104,7 +105,9 @@ def test_the_table(tmp_path, capsys, monkeypatch) -> None:
     assert row["saving_percent"] == 50.0 and row["seconds"] > 0 and row["peak_memory_bytes"] > 0
     assert f"| debug | 24 + 8 | -50.0 % | {quality['original']['perplexity']:.4f} |" in table
 
-    monkeypatch.setattr("transmla.pipeline.load_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *args: pytest.fail("a model was loaded")
+    )
     assert main(words) == 1
     assert "[debug] unchanged, skipped" in capsys.readouterr().out
     assert (tmp_path / "zoo" / "zoo.md").read_text() == table

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from transmla.artifacts import fingerprint, is_current, publishing, read_record
+from transmla.run.artifacts import is_current, publishing, read_metadata
+from transmla.run.fingerprints import fingerprint
 
 
 def test_an_artifact_appears_whole(tmp_path) -> None:
@@ -25,7 +26,7 @@ def test_a_failure_leaves_the_earlier_artifact(tmp_path) -> None:
         (scratch / "weights").write_text("2")
         raise RuntimeError
     assert (target / "weights").read_text() == "1"
-    assert read_record(target) == {"fingerprint": "a"}
+    assert read_metadata(target) == {"fingerprint": "a"}
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
 
 
@@ -42,9 +43,9 @@ def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkey
     """At whatever point the save dies, the newest checkpoint is the whole one before."""
     from transformers import TrainerState
 
+    from tests.unit.test_recover import make_trainer
     from transmla.recover.checkpoints import last_checkpoint
     from transmla.recover.layerwise import LayerwiseTrainer
-    from tests.unit.test_recover import make_trainer
 
     class Killed(BaseException):
         pass

@@ -7,11 +7,11 @@ import yaml
 from datasets import Dataset, IterableDataset
 
 from tests.unit.test_data import Letters
-from transmla.compose import share
 from transmla.data.definition import find_definition
-from transmla.data.sources import check_dataset, load_one
+from transmla.data.loading import check_dataset, load_one
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
+from transmla.recipe.names import share
 
 SETS = ("wikitext2", "ptb", "c4", "alpaca")
 ROWS = {
@@ -47,7 +47,7 @@ def test_definitions_state_licence_and_content(name: str, suffix: str) -> None:
 @pytest.mark.parametrize("layout", ["one jsonl", "one parquet", "train alone", "splits"])
 def test_local_copies(name: str, layout: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRANSMLA_DATA", str(tmp_path))
-    monkeypatch.setattr("transmla.data.sources.load_dataset_builder", lambda **arguments: pytest.fail("asked the hub"))
+    monkeypatch.setattr("transmla.data.loading.load_dataset_builder", lambda **arguments: pytest.fail("asked the hub"))
     if layout.startswith("one"):
         write(tmp_path / f"{name}.{layout[4:]}", numbered(name, 20))
     else:
@@ -81,8 +81,12 @@ def test_a_set_that_the_directory_lacks_comes_from_the_hub(tmp_path, monkeypatch
 
 
 ASKED = {
-    "wikitext2": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", revision=None, data_files=None, split="train"),
-    "wikitext2_test": dict(path="Salesforce/wikitext", name="wikitext-2-raw-v1", revision=None, data_files=None, split="test"),
+    "wikitext2": dict(
+        path="Salesforce/wikitext", name="wikitext-2-raw-v1", revision=None, data_files=None, split="train"
+    ),
+    "wikitext2_test": dict(
+        path="Salesforce/wikitext", name="wikitext-2-raw-v1", revision=None, data_files=None, split="test"
+    ),
     "ptb_test": dict(
         path="ptb-text-only/ptb_text_only",
         name=None,
@@ -113,7 +117,7 @@ def test_what_the_hub_is_asked_for(name: str, monkeypatch) -> None:
         asked.append(arguments)
         return Dataset.from_list(rows).to_iterable_dataset() if arguments.get("streaming") else Dataset.from_list(rows)
 
-    monkeypatch.setattr("transmla.data.sources.load_dataset", answer)
+    monkeypatch.setattr("transmla.data.loading.load_dataset", answer)
     assert len(load_one(name, "k")) == (3 if name == "alpaca_test" else 30)
     assert asked == [ASKED[name]]
 

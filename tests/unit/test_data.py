@@ -6,10 +6,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from transmla.compose import share
-from transmla.data.sources import check_dataset, load_many, load_one
+from transmla.data.loading import check_dataset, load_many, load_one
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
+from transmla.recipe.names import share
 
 
 class Letters:
@@ -17,7 +17,9 @@ class Letters:
 
     eos_token_id = 0
 
-    def __call__(self, texts: list[str], add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, texts: list[str], add_special_tokens: bool = True, verbose: bool = True
+    ) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
@@ -54,7 +56,9 @@ def test_local_formats(suffix: str, tmp_path) -> None:
     assert load_one(str(definition), "k")["text"] == ["one", "zwölf"]
     if kind != "jsonl":
         return
-    file.write_text(json.dumps({"text": "plain"})) if not packed else file.write_bytes(gzip.compress(b'{"text": "plain"}'))
+    file.write_text(json.dumps({"text": "plain"})) if not packed else file.write_bytes(
+        gzip.compress(b'{"text": "plain"}')
+    )
     check_dataset(str(file), "k", online=False)  # a file named directly
     assert load_one(str(file), "k")["text"] == ["plain"]
 
@@ -69,7 +73,7 @@ def test_a_file_that_is_no_gzip_is_refused(tmp_path) -> None:
 def test_template(tmp_path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"q": "2+2", "a": "4"}))
     definition = tmp_path / "mine.yaml"
-    definition.write_text("path: data.jsonl\ntemplate: \"Q: {q}\\nA: {a}\"\n")
+    definition.write_text('path: data.jsonl\ntemplate: "Q: {q}\\nA: {a}"\n')
     check_dataset(str(definition), "k", online=False)
     (row,) = load_one(str(definition), "k")
     assert row == {"text": "Q: 2+2\nA: 4"}

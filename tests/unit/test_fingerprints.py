@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from transmla.compose import load_recipe
-from transmla.fingerprints import Fingerprints
-from transmla.preflight import prepare
+from transmla.plan.checks import prepare
+from transmla.recipe.compose import load_recipe
+from transmla.run.fingerprints import Fingerprints
 
 DISTILL = "recover.1.trainer.packing_strategy=wrapped"
 
@@ -39,11 +39,11 @@ def test_a_mark_of_synthetic_text_is_an_input(tmp_path) -> None:
 def test_rows_that_became_others_are_marked(change: str, tmp_path, monkeypatch) -> None:
     """Short rows are joined since, and a compiled epoch has no rest: what was trained without is made again."""
     now = stage(tmp_path, change)
-    monkeypatch.setattr("transmla.fingerprints._rows", lambda stage: {})
+    monkeypatch.setattr("transmla.run.fingerprints._rows", lambda stage: {})
     assert stage(tmp_path, change) != now
 
 
 def test_other_stages_are_what_they_were(tmp_path, monkeypatch) -> None:
     now = stage(tmp_path)
-    monkeypatch.setattr("transmla.fingerprints._rows", lambda stage: {})
+    monkeypatch.setattr("transmla.run.fingerprints._rows", lambda stage: {})
     assert stage(tmp_path) == now

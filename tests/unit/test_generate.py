@@ -9,13 +9,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, settings, tiny_model
-from transmla.convert.convert import convert_model
-from transmla.data import decoding
-from transmla.data.decoding import has_fixed_size
-from transmla.data.draw import Parts, Place, all_of, draw, enough, until
-from transmla.data.generate import ModelSampler, Sample, batch_seed, batches, choose
-from transmla.data.write import Starts, decoded, piece
-from transmla.recipe_write import Sampling, Text
+from transmla.convert.conversion import convert_model
+from transmla.generate import decoding
+from transmla.generate.decoding import has_fixed_size
+from transmla.generate.prompts import TextPrompts, decoded, piece
+from transmla.generate.sampler import ModelSampler, Sample, batch_seed, batches, choose
+from transmla.recipe.writing import Sampling, Text
+from transmla.run.sampled_batches import Place, SampledBatches, all_of, enough, sample_missing, until
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4)
 
@@ -97,7 +97,8 @@ def test_rows_that_are_done_leave_between_segments(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("student", [False, True])
 def test_buffers_that_serve_several_batches(student: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is short is written on the buffers of the batch before, whose leftovers must not be seen, whatever its prompts were."""
+    """What is short is written on the buffers of the batch before, whose leftovers must not be seen, whatever its
+    prompts were."""
     model, end = model_that_ends("llama")
     if student:
         windows = torch.randint(1, VOCAB, (8, 32))
@@ -125,7 +126,8 @@ def test_buffers_that_serve_several_batches(student: bool, monkeypatch: pytest.M
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("student", [False, True])
 def test_graphs_that_serve_several_batches(student: bool) -> None:
-    """On a GPU: greedy texts of a replayed graph are those of a growing cache, seeded ones do not depend on what came before."""
+    """On a GPU: greedy texts of a replayed graph are those of a growing cache, seeded ones do not depend on what came
+    before."""
     model, end = model_that_ends("llama")
     if student:
         windows = torch.randint(1, VOCAB, (8, 32))
@@ -140,7 +142,9 @@ def test_graphs_that_serve_several_batches(student: bool) -> None:
         assert sampler(asked, GREEDY, 0) == plainly(asked, GREEDY, 0)
         assert sampler(asked, long, 0) == plainly(asked, long, 0)
     warm = Sampling(max_new_tokens=12, temperature=0.9, batch_size=5)
-    fresh = [ModelSampler(model, Ends(), fixed=True)(asked, warm, seed) for seed, asked in enumerate((prompts(), other))]
+    fresh = [
+        ModelSampler(model, Ends(), fixed=True)(asked, warm, seed) for seed, asked in enumerate((prompts(), other))
+    ]
     assert [sampler(asked, warm, seed) for seed, asked in enumerate((prompts(), other))] == fresh
     assert sampler(prompts(), warm, 0) == fresh[0] != sampler(prompts(), warm, 1)
 
@@ -157,10 +161,13 @@ def test_a_student_writes_too(family: str, fixed: bool) -> None:
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_an_exported_checkpoint_writes_too(fixed: bool) -> None:
-    """transformers' own DeepSeek class, whose cache is the latent and whose attention has more key width than value width."""
+    """transformers' own DeepSeek class, whose cache is the latent and whose attention has more key width than value
+    width."""
     ranks = dict(q_lora_rank=None, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12)
     experts = dict(n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1, n_shared_experts=1)
-    model = tiny_model("deepseek_v3", groups=4, first_k_dense_replace=2, initializer_range=0.3, head_dim=8, **ranks, **experts)
+    model = tiny_model(
+        "deepseek_v3", groups=4, first_k_dense_replace=2, initializer_range=0.3, head_dim=8, **ranks, **experts
+    )
     wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0}) for prompt in prompts()]
     assert ModelSampler(model, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
 
@@ -222,11 +229,17 @@ class Counting:
         return [Sample([seed % 1000, *prompt], bool(prompt[0] % 2)) for prompt in asked]
 
 
-def run(folder, sampler, missing, digest: str = "d") -> Parts:
-    parts = Parts(folder, digest)
-    draw(
-        parts, lambda: sampler, lambda batch: [[batch], [batch + 100, 7]], missing, GREEDY,
-        seed=1, name="x", state=PartialState(cpu=True),
+def run(folder, sampler, missing, digest: str = "d") -> SampledBatches:
+    parts = SampledBatches(folder, digest)
+    sample_missing(
+        parts,
+        lambda: sampler,
+        lambda batch: [[batch], [batch + 100, 7]],
+        missing,
+        GREEDY,
+        seed=1,
+        name="x",
+        state=PartialState(cpu=True),
     )
     return parts
 
@@ -253,13 +266,14 @@ def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     parts = run(tmp_path, Counting(), until(24, 1))  # 5 tokens a batch, and 2 end tokens where its number is odd
     assert enough(parts.index(), 24) == 4 and len(parts.index()) == 4
     assert enough(parts.index(), 25) is None
-    ahead = Parts(tmp_path, "d")
+    ahead = SampledBatches(tmp_path, "d")
     ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
     assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]
 
 
 def test_rounds_grow_with_what_is_known() -> None:
-    """One short batch must not make hundreds of the rest, and no process of several waits for another's second batch."""
+    """One short batch must not make hundreds of the rest, and no process of several waits for another's second
+    batch."""
 
     def drawn(count: int) -> dict[int, Place]:
         return {batch: Place(Path("x"), 0, 10, 0.0) for batch in range(count)}
@@ -312,46 +326,74 @@ def test_a_prefix_begins_with_a_word_anywhere_in_the_text() -> None:
 def test_a_cue_follows_every_prefix(letters) -> None:
     cues = ["", "\nQ:", " so"]
     entry = Text(
-        name="w", kind="text", tokens=9, prefix_data=["sample_train"], prefix_tokens=7, cues=cues, batch_size=60, max_new_tokens=4
+        name="w",
+        kind="text",
+        tokens=9,
+        prefix_data=["sample_train"],
+        prefix_tokens=7,
+        cues=cues,
+        batch_size=60,
+        max_new_tokens=4,
     )
-    plain = Starts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0")
-    starts = Starts(entry, letters, seed=3, key="write.0")
+    plain = TextPrompts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0")
+    starts = TextPrompts(entry, letters, seed=3, key="write.0")
     found, prefixes = decoded(starts.prompts_of(2), letters), decoded(plain.prompts_of(2), letters)
     assert all(text.startswith(prefix) for text, prefix in zip(found, prefixes, strict=True))
     drawn = [text[len(prefix) :] for text, prefix in zip(found, prefixes, strict=True)]
-    assert {cue: drawn.count(cue) > 9 for cue in cues} == dict.fromkeys(cues, True) and len(drawn) == sum(map(drawn.count, cues))
-    again = Starts(entry, letters, seed=3, key="write.0")
+    assert {cue: drawn.count(cue) > 9 for cue in cues} == dict.fromkeys(cues, True) and len(drawn) == sum(
+        map(drawn.count, cues)
+    )
+    again = TextPrompts(entry, letters, seed=3, key="write.0")
     assert starts.prompts_of(2) == again.prompts_of(2) != starts.prompts_of(1)
 
 
 def test_a_prefix_may_stand_in_a_cue(letters) -> None:
-    """The words around it are tokenized with it, once; letters cut in two are not shown; other cues follow as before."""
+    """The words around it are tokenized with it, once; letters cut in two are not shown; other cues follow as
+    before."""
     begins = letters.convert_tokens_to_ids("<|end|>")
-    letters._tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", begins)])
+    letters._tokenizer.post_processor = processors.TemplateProcessing(
+        "<|end|> $A", special_tokens=[("<|end|>", begins)]
+    )
     cues = ["Q: {}?\nA:", " so", "{} {}"]
-    entry = Text(name="w", kind="text", tokens=9, prefix_data=["sample_train"], prefix_tokens=7, cues=cues, batch_size=90, max_new_tokens=4)
-    prompts = Starts(entry, letters, seed=3, key="write.0").prompts_of(2)
-    prefixes = Starts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0").prompts_of(2)
+    entry = Text(
+        name="w",
+        kind="text",
+        tokens=9,
+        prefix_data=["sample_train"],
+        prefix_tokens=7,
+        cues=cues,
+        batch_size=90,
+        max_new_tokens=4,
+    )
+    prompts = TextPrompts(entry, letters, seed=3, key="write.0").prompts_of(2)
+    prefixes = TextPrompts(entry.model_copy(update={"cues": []}), letters, seed=3, key="write.0").prompts_of(2)
     assert all(prompt.count(begins) == 1 and prompt[0] == begins for prompt in prompts)
     plain = decoded([prefix[1:] for prefix in prefixes], letters)
     bare = [text.removesuffix("\ufffd") for text in plain]
     found = decoded([prompt[1:] for prompt in prompts], letters)
     drawn = [
-        {f"Q: {text}?\nA:": 0, f"{raw} so": 1, f"{text} {text}": 2}[one] for raw, text, one in zip(plain, bare, found, strict=True)
+        {f"Q: {text}?\nA:": 0, f"{raw} so": 1, f"{text} {text}": 2}[one]
+        for raw, text, one in zip(plain, bare, found, strict=True)
     ]
     assert min(drawn.count(cue) for cue in range(3)) > 15
-    cut = Starts(entry.model_copy(update={"cues": ["<{}>"]}), letters, seed=3, key="write.0")
+    cut = TextPrompts(entry.model_copy(update={"cues": ["<{}>"]}), letters, seed=3, key="write.0")
     odd = letters("x\u00e9", add_special_tokens=False)["input_ids"]
     assert decoded(cut._cued([odd[:2], odd], 0), letters) == ["<|end|><x>", "<|end|><x\u00e9>"]
 
 
 def test_many_texts_are_decoded_as_each_alone(letters) -> None:
     rows = [letters(text)["input_ids"] for text in ("one , two .", " \n", "", "don 't <|end|> é")]
-    assert decoded(rows, letters) == [letters.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+    assert decoded(rows, letters) == [
+        letters.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows
+    ]
 
 
 @pytest.fixture
 def letters() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    inner = Tokenizer(
+        models.BPE(
+            vocab={letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
+        )
+    )
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")

@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from tests.unit.test_data import Letters
-from transmla.compose import share
+from transmla.data.loading import check_dataset, load_many, load_one
 from transmla.data.mixture import load_mixture, mixture_order
-from transmla.data.sources import check_dataset, load_many, load_one
 from transmla.errors import RecipeError
-from transmla.entries import Part
-from transmla.recipe import validate_recipe
+from transmla.recipe.data_lists import Part
+from transmla.recipe.names import share
+from transmla.recipe.validation import validate_recipe
 
 
 def texts(folder: Path, name: str, letter: str, lengths: list[int]) -> str:
@@ -94,8 +94,12 @@ def test_lists_of_names_stay_as_they_are() -> None:
 
 def test_conversations_under_other_names(tmp_path) -> None:
     """A row of OpenThoughts' shape, with its shipped definition on a local file."""
-    answer = "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nFour.\n\n<|end_of_solution|>"
-    row = {"system": "Use the tags.", "conversations": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": answer}]}
+    thought = "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>"
+    answer = f"{thought}\n\n<|begin_of_solution|>\n\nFour.\n\n<|end_of_solution|>"
+    row = {
+        "system": "Use the tags.",
+        "conversations": [{"from": "user", "value": "2+2?"}, {"from": "assistant", "value": answer}],
+    }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     shipped = yaml.safe_load((share("data") / "openthoughts_114k.yaml").read_text())
     for name in ("hub", "subset", "split"):
@@ -103,7 +107,10 @@ def test_conversations_under_other_names(tmp_path) -> None:
     definition = tmp_path / "mine.yaml"
     definition.write_text(yaml.safe_dump(shipped | {"path": "rows.jsonl"}, sort_keys=False))
     check_dataset(str(definition), "k", online=False)
-    wanted = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nFour."}]
+    wanted = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\nFour."},
+    ]
     assert load_one(str(definition), "k")[0] == {"messages": wanted}
 
     shipped["turns"]["system"] = "system"
@@ -127,7 +134,10 @@ def test_conversations_from_columns(tmp_path, monkeypatch) -> None:
     (tmp_path / "s1k_1.1" / "test.jsonl").write_text(json.dumps(rows[0]))
     monkeypatch.setenv("TRANSMLA_DATA", str(tmp_path))
     check_dataset("s1k_1.1", "k", online=False)
-    wanted = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n{4}"}]
+    wanted = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\nTwo and two.\n</think>\n\n{4}"},
+    ]
     assert load_one("s1k_1.1", "k").to_list() == [{"messages": wanted}]
 
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"content": "hi", "role": "user"}]}))

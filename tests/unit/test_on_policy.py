@@ -13,14 +13,21 @@ from transformers import TrainerCallback
 from tests.conftest import settings, tiny_model, windows
 from tests.unit.test_recover import tokenizer
 from transmla.cli import main
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
 from transmla.errors import RecipeError
 from transmla.modeling.student import ATTENTION
-from transmla.plan import steps_of
-from transmla.recipe import validate_recipe
-from transmla.recipe_stages import OnPolicy
+from transmla.recipe.budget import steps_of
+from transmla.recipe.stages import OnPolicy
+from transmla.recipe.validation import validate_recipe
 from transmla.recover.checkpoints import last_checkpoint
-from transmla.recover.on_policy import build_on_policy, on_policy_config, prompt_ids, prompt_order, run_on_policy, train_on_policy
+from transmla.recover.on_policy import (
+    build_on_policy,
+    on_policy_config,
+    prompt_ids,
+    prompt_order,
+    run_on_policy,
+    train_on_policy,
+)
 
 VOCAB = 260
 
@@ -43,8 +50,16 @@ def text(count: int = 60) -> Dataset:
     return Dataset.from_dict({"text": [bytes(row).decode() for row in letters]})
 
 
-def stage_of(*, steps: int = 4, batch: int = 4, accumulate: int = 1, train: str = "all", beta: float = 1.0,
-             temperature: float = 1.0, **trainer: object) -> OnPolicy:
+def stage_of(
+    *,
+    steps: int = 4,
+    batch: int = 4,
+    accumulate: int = 1,
+    train: str = "all",
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    **trainer: object,
+) -> OnPolicy:
     fields = dict(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
@@ -54,8 +69,15 @@ def stage_of(*, steps: int = 4, batch: int = 4, accumulate: int = 1, train: str 
         max_grad_norm=0.0,
     )
     return OnPolicy(
-        kind="on_policy", data=["unused"], train=train, beta=beta, temperature=temperature, prompt_tokens=6, max_new_tokens=10,
-        tokens=steps * batch * accumulate * 16, trainer=fields | trainer,
+        kind="on_policy",
+        data=["unused"],
+        train=train,
+        beta=beta,
+        temperature=temperature,
+        prompt_tokens=6,
+        max_new_tokens=10,
+        tokens=steps * batch * accumulate * 16,
+        trainer=fields | trainer,
     )
 
 
@@ -75,7 +97,8 @@ def divergence(student, teacher, batch: dict, beta: float, temperature: float) -
         ids = torch.cat((prompt, completion))[None]
         part = slice(len(prompt) - 1, -1)
         log_s, log_t = (
-            F.log_softmax(model(ids, use_cache=False).logits[0, part].double() / temperature, -1) for model in (student, teacher)
+            F.log_softmax(model(ids, use_cache=False).logits[0, part].double() / temperature, -1)
+            for model in (student, teacher)
         )
         if beta == 1.0:
             total = total + (log_s.exp() * (log_s - log_t)).sum()
@@ -88,7 +111,9 @@ def divergence(student, teacher, batch: dict, beta: float, temperature: float) -
 
 
 @pytest.mark.parametrize("beta,temperature", [(1.0, 1.0), (0.0, 1.0), (0.3, 1.0), (1.0, 1.7)])
-def test_the_loss_is_the_divergence_on_the_students_samples(beta: float, temperature: float, converted, words, tmp_path) -> None:
+def test_the_loss_is_the_divergence_on_the_students_samples(
+    beta: float, temperature: float, converted, words, tmp_path
+) -> None:
     trainer = make(stage_of(beta=beta, temperature=temperature, batch=6), converted, words, tmp_path)
     batch = trainer._generate_and_score_completions([trainer.train_dataset[index] for index in range(6)])
     count = int(batch["completion_mask"].sum())
@@ -195,7 +220,17 @@ def test_bfloat16_and_what_is_left_behind(train: str, converted, words, tmp_path
     before = student.state_dict()["model.layers.0.self_attn.o_proj.weight"].clone()
     stage = stage_of(steps=2, train=train, learning_rate=1e-2)
     result = train_on_policy(
-        stage, student, teacher, words, text(), tmp_path, key="k", seed=0, device="cpu", dtype=torch.bfloat16, processes=1
+        stage,
+        student,
+        teacher,
+        words,
+        text(),
+        tmp_path,
+        key="k",
+        seed=0,
+        device="cpu",
+        dtype=torch.bfloat16,
+        processes=1,
     )
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in result["log"] if "loss" in line)
     assert {value.dtype for value in student.parameters()} == {torch.bfloat16} and not student.training
@@ -239,11 +274,20 @@ def test_every_prompt_comes_before_any_comes_again() -> None:
 
 def test_keys_and_steps() -> None:
     stage = {"kind": "on_policy", "data": ["a"], "tokens": 10_000, "prompt_tokens": 30, "max_new_tokens": 20}
-    tree = {"name": "n", "model": {"source": "s"}, "convert": {"calibration": {"data": ["a"]}}, "evaluate": {"data": ["x"]}}
+    tree = {
+        "name": "n",
+        "model": {"source": "s"},
+        "convert": {"calibration": {"data": ["a"]}},
+        "evaluate": {"data": ["x"]},
+    }
     trainer = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "top_p": 0.9}
     recipe = validate_recipe(tree | {"recover": [stage | {"trainer": trainer}]})
     assert steps_of(recipe.recover[0], 5) == 10_000 // (50 * 4 * 2 * 5)
-    for key, reason in (("beta", "recover.N.beta"), ("max_length", "not a key of trl's DistillationConfig"), ("top_p", "number")):
+    for key, reason in (
+        ("beta", "recover.N.beta"),
+        ("max_length", "not a key of trl's DistillationConfig"),
+        ("top_p", "number"),
+    ):
         with pytest.raises(RecipeError, match=reason):
             validate_recipe(tree | {"recover": [stage | {"trainer": {key: "x"}}]})
 
@@ -251,13 +295,20 @@ def test_keys_and_steps() -> None:
 def test_the_stage_in_a_recipe(tmp_path, capsys) -> None:
     import yaml
 
-    from transmla.compose import share
+    from transmla.recipe.names import share
 
     tree = yaml.safe_load((share("recipes") / "debug.yaml").read_text())
     trainer = {"per_device_train_batch_size": 4, "learning_rate": 1.0e-3, "logging_steps": 1, "save_steps": 2}
     tree["recover"] = [
         tree["recover"][0] | {"tokens": 1024},
-        {"kind": "on_policy", "data": ["sample_train"], "tokens": 512, "prompt_tokens": 16, "max_new_tokens": 16, "trainer": trainer},
+        {
+            "kind": "on_policy",
+            "data": ["sample_train"],
+            "tokens": 512,
+            "prompt_tokens": 16,
+            "max_new_tokens": 16,
+            "trainer": trainer,
+        },
     ]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
     words = [f"recipe={tmp_path}/mine.yaml", "device=cpu", "threads=1", f"output_dir={tmp_path}/out"]

@@ -12,7 +12,7 @@ import yaml
 
 from tests.unit.test_recover import PLAIN, losses, make_trainer
 from transmla.cli import main
-from transmla.compose import share
+from transmla.recipe.names import share
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
@@ -41,10 +41,25 @@ def test_two_processes_equal_one(kind: str, packing: bool, tmp_path) -> None:
         folder = tmp_path / str(processes)
         folder.mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
-             "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-             "-m", "tests.unit.test_parallel", kind, str(folder), str(processes), str(int(packing))],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc_per_node={processes}",
+                "--master_port=0",
+                "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0",
+                "-m",
+                "tests.unit.test_parallel",
+                kind,
+                str(folder),
+                str(processes),
+                str(int(packing)),
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(torch.load(folder / "result.pt"))
@@ -60,10 +75,23 @@ def test_a_whole_recipe_on_two_processes(tmp_path, capsys) -> None:
 
     def launch(recipe: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-             "--rdzv_endpoint=localhost:0", str(ROOT / "recover.py"), f"recipe={recipe}", "device=cpu",
-             f"output_dir={tmp_path}/out"],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node=2",
+                "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0",
+                str(ROOT / "recover.py"),
+                f"recipe={recipe}",
+                "device=cpu",
+                f"output_dir={tmp_path}/out",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout

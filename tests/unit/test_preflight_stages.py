@@ -2,9 +2,9 @@
 
 import pytest
 
-from transmla.compose import load_recipe
 from transmla.errors import RecipeError
-from transmla.preflight import prepare
+from transmla.plan.checks import prepare
+from transmla.recipe.compose import load_recipe
 
 
 def refused(overrides: list[str]) -> str:

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from transmla.compose import load_recipe
-from transmla.data.answers import MathChecker, accepts, boxed, final_answer, reference_answer
-from transmla.data.problems import load_problems, prompt_text, stored_prompt
-from transmla.data.sources import check_dataset
-from transmla.data.generate import Sample
+from transmla.data.loading import check_dataset
 from transmla.errors import RecipeError
-from transmla.evaluate.solve import score
-from transmla.preflight import prepare
-from transmla.recipe_write import Problems
+from transmla.generate.checkers import MathChecker, accepts, boxed, final_answer, reference_answer
+from transmla.generate.problems import load_problems, prompt_text, stored_prompt
+from transmla.generate.sampler import Sample
+from transmla.measure.solved import score
+from transmla.plan.checks import prepare
+from transmla.recipe.compose import load_recipe
+from transmla.recipe.writing import Problems
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,11 @@ def school(tmp_path) -> str:
 
 def test_rows_of_a_file(school: str) -> None:
     found = load_problems(Problems(data=school), "k", skip=2, limit=3)
-    assert [(one.number, one.question[12], one.entry["answer"]) for one in found.problems] == [(2, "2", "4"), (3, "3", "6"), (4, "4", "8")]
+    assert [(one.number, one.question[12], one.entry["answer"]) for one in found.problems] == [
+        (2, "2", "4"),
+        (3, "3", "6"),
+        (4, "4", "8"),
+    ]
     with pytest.raises(RecipeError, match="has 10 rows, not 12"):
         load_problems(Problems(data=school), "k", skip=9, limit=3)
     with pytest.raises(RecipeError, match="problems, not text"):
@@ -117,12 +121,17 @@ def tokenizer(template: str | None, *, start: bool = False) -> PreTrainedTokeniz
     return made
 
 
-CHAT = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant] TAG{% endif %}"
+CHAT = (
+    "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] TAG{% endif %}"
+)
 
 
 def test_prompts(school: str) -> None:
     problem = load_problems(Problems(data=school), "k").problems[1]
-    section = Problems(data=school, system="Be short.", prompt="{problem} In \\boxed{}.", think="<think>\n{thought}\n</think>")
+    section = Problems(
+        data=school, system="Be short.", prompt="{problem} In \\boxed{}.", think="<think>\n{thought}\n</think>"
+    )
     plain = CHAT.replace("TAG", "")
     words = "[system] Be short. [user] How much is 1 and 1? In \\boxed{}. [assistant] "
     assert prompt_text(problem, section, tokenizer(plain)) == (f"<s>{words}<think>\n", "<think>\n")
@@ -181,21 +190,37 @@ def test_seeds_of_generators_overlap() -> None:
     ("overrides", "message"),
     [
         ([write("{generator: leg_countin}")], "write.0.problems.generator: reasoning-gym has no"),
-        ([write("{generator: leg_counting, config: {max_legs: 3}}")], "write.0.problems.config: leg_counting refuses it"),
-        ([write("{generator: leg_counting, size: 5}", ", skip: 4, limit: 2")], "write.0.problems.size: 5 problems have no"),
+        (
+            [write("{generator: leg_counting, config: {max_legs: 3}}")],
+            "write.0.problems.config: leg_counting refuses it",
+        ),
+        (
+            [write("{generator: leg_counting, size: 5}", ", skip: 4, limit: 2")],
+            "write.0.problems.size: 5 problems have no",
+        ),
         ([write("{data: gsm8k, size: 5}")], "write.0.problems: size, seed and config are for a generator"),
-        ([write("{generator: leg_counting}", ", temperature: 0, samples: 2")], "write.0: several samples at temperature 0"),
+        (
+            [write("{generator: leg_counting}", ", temperature: 0, samples: 2")],
+            "write.0: several samples at temperature 0",
+        ),
         ([write("{generator: leg_counting}", ", samples: 0")], "write.0.samples"),
         (["write=[{name: w, kind: tales}]"], "write.0.kind: unknown kind of stage; use one of: traces, text"),
-        (["write=[{name: w, kind: text, tokens: 9, prefix_tokens: 4}]"], "write.0: prefix_data and prefix_tokens belong together"),
-        (["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 512}]"], "write.0.max_new_tokens: 512 after a prompt"),
+        (
+            ["write=[{name: w, kind: text, tokens: 9, prefix_tokens: 4}]"],
+            "write.0: prefix_data and prefix_tokens belong together",
+        ),
+        (
+            ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 512}]"],
+            "write.0.max_new_tokens: 512 after a prompt",
+        ),
         (
             ["write=[{name: w, kind: text, tokens: 9, max_new_tokens: 8, prefix_data: ['@w'], prefix_tokens: 2}]"],
             "write.0.prefix_data: @w is no text of an entry before this one",
         ),
         (
             [
-                "write=[{name: v, kind: text, tokens: 9, max_new_tokens: 8}, {name: w, kind: text, tokens: 9, max_new_tokens: 8, "
+                "write=[{name: v, kind: text, tokens: 9, max_new_tokens: 8}, "
+                "{name: w, kind: text, tokens: 9, max_new_tokens: 8, "
                 "prefix_data: ['@v', s1k_1.1], prefix_tokens: 2}]",
                 "dry_run=true",
             ],
@@ -224,7 +249,7 @@ def test_refusals(overrides: list[str], message: str) -> None:
     ],
 )
 def test_missing_packages_are_named(module: str, problems: str, command: str, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.data.problems.find_spec", lambda name: None if name == module else object())
+    monkeypatch.setattr("transmla.generate.problems.find_spec", lambda name: None if name == module else object())
     assert command in refused(write(problems)) and command in refused(solve(problems))
 
 

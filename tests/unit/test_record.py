@@ -10,13 +10,13 @@ from datasets import Dataset
 from tests.conftest import tiny_model
 from tests.unit.test_recover import tokenizer
 from transmla.cli import main
+from transmla.data.rows import attach_rows, carry_rows
 from transmla.errors import RecipeError
-from transmla.recipe_stages import Distill
-from transmla.recover import record
-from transmla.recover.record import packed_trainer, record_teacher, training_batches
-from transmla.recover.rows import attach_rows, carry_rows
-from transmla.recover.run import build_trainer, trainer_config
-from transmla.recover.topk import RecordedTeacher, decode, encode, read_index
+from transmla.recipe.stages import Distill
+from transmla.recover.stage import build_trainer, trainer_config
+from transmla.recover.teachers import top_k
+from transmla.recover.teachers.shards import RecordedTeacher, decode, encode, read_index
+from transmla.recover.teachers.top_k import packed_trainer, record_teacher, training_batches
 
 LENGTH = 32
 VOCAB = 260
@@ -25,7 +25,13 @@ VOCAB = 260
 def stage_of(tokens: int = 100_000, **trainer: object) -> Distill:
     fields = dict(max_length=LENGTH, per_device_train_batch_size=2, logging_steps=1, save_strategy="no")
     return Distill(
-        kind="distill", train="all", data=["unused"], tokens=tokens, teacher="recorded", record={"top_k": 8}, trainer=fields | trainer
+        kind="distill",
+        train="all",
+        data=["unused"],
+        tokens=tokens,
+        teacher="recorded",
+        record={"top_k": 8},
+        trainer=fields | trainer,
     )
 
 
@@ -116,7 +122,7 @@ def test_what_is_read_is_what_the_teacher_says(trainer: dict, tmp_path, words) -
 
 
 def test_a_killed_recording_goes_on(tmp_path, words, monkeypatch) -> None:
-    monkeypatch.setattr(record, "SHARD_POSITIONS", 200)
+    monkeypatch.setattr(top_k, "SHARD_POSITIONS", 200)
     make(tmp_path / "straight", words, stage_of())
     whole = read_index(tmp_path / "straight")
     assert len(whole["shards"]) >= 3
@@ -125,7 +131,7 @@ def test_a_killed_recording_goes_on(tmp_path, words, monkeypatch) -> None:
         pass
 
     passes = []
-    original = record.top_log_probabilities
+    original = top_k.top_log_probabilities
 
     def dying(*args):
         passes.append(args)
@@ -133,7 +139,7 @@ def test_a_killed_recording_goes_on(tmp_path, words, monkeypatch) -> None:
             raise Killed
         return original(*args)
 
-    monkeypatch.setattr(record, "top_log_probabilities", dying)
+    monkeypatch.setattr(top_k, "top_log_probabilities", dying)
     with pytest.raises(Killed):
         make(tmp_path / "killed", words, stage_of())
     done = [row for shard in read_index(tmp_path / "killed")["shards"] for row in shard["rows"]]
@@ -159,7 +165,11 @@ def test_recordings_of_something_else_are_refused(tmp_path, words) -> None:
     with pytest.raises(RecipeError, match="another packed data"):
         recorded.check(words, trainer_of(tmp_path / "seed", words, stage, seed=1).train_dataset)
     with pytest.raises(RecipeError, match="another top_k"):
-        make(tmp_path / "recorded", words, stage.model_copy(update={"record": stage.record.model_copy(update={"top_k": 4})}))
+        make(
+            tmp_path / "recorded",
+            words,
+            stage.model_copy(update={"record": stage.record.model_copy(update={"top_k": 4})}),
+        )
     missing = next(row for row in range(40) if row not in recorded._where)
     with pytest.raises(RecipeError, match=f"row {missing} is not in"):
         recorded.rows([missing])
@@ -193,9 +203,17 @@ def test_only_temperature_one_is_recorded() -> None:
 
 def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     """Training refuses before weights load until the recording is there, and again when the packing changes."""
-    words = ["recipe=debug", "device=cpu", f"output_dir={tmp_path}/out", "recover.1.teacher=recorded", "recover.1.record.top_k=500"]
+    words = [
+        "recipe=debug",
+        "device=cpu",
+        f"output_dir={tmp_path}/out",
+        "recover.1.teacher=recorded",
+        "recover.1.record.top_k=500",
+    ]
     with monkeypatch.context() as patch:
-        patch.setattr("transmla.pipeline.load_model", lambda *args: pytest.fail("a model was loaded"))
+        patch.setattr(
+            "transformers.AutoModelForCausalLM.from_pretrained", lambda *args: pytest.fail("a model was loaded")
+        )
         assert main(["recover", *words]) == 2
         assert "recover.1.record: no recording in" in capsys.readouterr().err
     assert main(["record", *words]) == 0
@@ -203,7 +221,9 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
     index = json.loads((tmp_path / "out" / "recorded" / "1" / "index.json").read_text())
     assert index["inputs"]["top_k"] == 260  # of a vocabulary of 260
     with monkeypatch.context() as patch:
-        patch.setattr("transmla.pipeline.load_model", lambda *args: pytest.fail("a model was loaded"))
+        patch.setattr(
+            "transformers.AutoModelForCausalLM.from_pretrained", lambda *args: pytest.fail("a model was loaded")
+        )
         assert main(["record", *words]) == 0
         assert main(["recover", *words, "recover.1.trainer.max_length=64"]) == 2
         assert "another settings" in capsys.readouterr().err

@@ -8,22 +8,32 @@ import torch
 from datasets import Dataset
 
 from tests.conftest import settings, tiny_model, windows
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
 from transmla.modeling.student import ATTENTION
-from transmla.recipe_stages import Distill, Layerwise, Sft
-from transmla.recover.run import build_trainer, run_stage, trainer_config
-from transmla.sources import _random_model
-from transmla.recipe_model import ModelSource
+from transmla.recipe.model_source import ModelSource
+from transmla.recipe.stages import Distill, Layerwise, Sft
+from transmla.recover.stage import build_trainer, run_stage, trainer_config
+from transmla.sources.random_model import make_random_model
 
 LENGTH = 24
-PLAIN = {"optim": "sgd", "learning_rate": 0.5}  # weights change by the gradient itself: a wrong factor is a wrong change
+PLAIN = {
+    "optim": "sgd",
+    "learning_rate": 0.5,
+}  # weights change by the gradient itself: a wrong factor is a wrong change
 
 
 def tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
-    config = dict(model_type="llama", vocab_size=260, hidden_size=16, num_attention_heads=1, intermediate_size=16, num_hidden_layers=1)
-    _random_model(ModelSource(source="random", config=config), folder)
+    config = dict(
+        model_type="llama",
+        vocab_size=260,
+        hidden_size=16,
+        num_attention_heads=1,
+        intermediate_size=16,
+        num_hidden_layers=1,
+    )
+    make_random_model(ModelSource(source="random", config=config), folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -70,7 +80,9 @@ def make_trainer(
     config = trainer_config(stage, folder, seed=0, device="cpu", dtype=dtype, processes=processes)
     data = Dataset.from_dict({"input_ids": documents(), "labels": documents()})
     scales = [layer.output_mean_square for layer in statistics]
-    return build_trainer(stage, student, None if kind == "sft" else teacher, tokenizer(folder / "tokenizer"), config, data, scales=scales)
+    return build_trainer(
+        stage, student, None if kind == "sft" else teacher, tokenizer(folder / "tokenizer"), config, data, scales=scales
+    )
 
 
 def losses(trainer) -> list[float]:
@@ -142,7 +154,7 @@ def test_only_attention_learns_and_the_trunk_is_shared(tmp_path) -> None:
     trainer = make_trainer("layerwise", tmp_path)
     teacher = dict(trainer.teacher.named_parameters())
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    for name, value in before.items():
+    for name in before:
         if ATTENTION not in name:
             assert trainer.model.get_parameter(name).data_ptr() == teacher[name].data_ptr()
     trainer.train()

@@ -13,13 +13,13 @@ from tests.conftest import tiny_model
 from tests.unit.test_record import LENGTH, VOCAB, stage_of, text
 from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
 from transmla.data.mixture import load_mixture
+from transmla.data.rows import PARALLEL, TEACHER_ONLY, are_whole, token_rows, whole_rows
 from transmla.errors import RecipeError
-from transmla.recipe_stages import Distill
-from transmla.recover.rows import PARALLEL, TEACHER_ONLY, are_whole, token_rows, whole_rows
-from transmla.recover.record import packed_trainer
-from transmla.recover.run import build_trainer, trainer_config
-from transmla.recover.teacher_states import TeacherStates
-from transmla.recover.topk import data_digest
+from transmla.recipe.stages import Distill
+from transmla.recover.stage import build_trainer, trainer_config
+from transmla.recover.teachers.kept import TeacherStates
+from transmla.recover.teachers.shards import data_digest
+from transmla.recover.teachers.top_k import packed_trainer
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def words(tmp_path_factory: pytest.TempPathFactory):
     return tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
-@pytest.mark.parametrize("trainer", [{}, {"packing_strategy": "wrapped"}, {"packing": False}], ids=["split", "wrapped", "padded"])
+@pytest.mark.parametrize(
+    "trainer", [{}, {"packing_strategy": "wrapped"}, {"packing": False}], ids=["split", "wrapped", "padded"]
+)
 def test_token_rows_are_trls_own(trainer: dict, tmp_path, words) -> None:
     config = trainer_config(stage_of(**trainer), tmp_path, seed=3, device="cpu", dtype=torch.float32, processes=1)
     texts = text()["text"]
@@ -35,7 +37,9 @@ def test_token_rows_are_trls_own(trainer: dict, tmp_path, words) -> None:
     made = token_rows(data, words, config)
     assert set(made.column_names) == {"input_ids", "labels"}
     sets = [
-        SFTTrainer(model=tiny_model(vocab_size=VOCAB), args=config, train_dataset=rows, processing_class=words).train_dataset
+        SFTTrainer(
+            model=tiny_model(vocab_size=VOCAB), args=config, train_dataset=rows, processing_class=words
+        ).train_dataset
         for rows in (data, made)
     ]
     columns = ["input_ids", "labels"]
@@ -99,11 +103,18 @@ def test_tokenizers_work_in_parallel_after_a_map_on_several_processes(tmp_path, 
 def test_tokens_of_synthetic_text_have_the_divergence_alone(tmp_path, words) -> None:
     """Of a mixture: labels say which, through trl's packing, and the loss is that of its two groups of tokens."""
     (tmp_path / "people.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text()["text"][:20]))
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": line.upper()}) + "\n" for line in text()["text"][20:]))
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"text": line.upper()}) + "\n" for line in text()["text"][20:])
+    )
     (tmp_path / "own.yaml").write_text("{path: own.jsonl, columns: {text: text}, synthetic: true}")
     data = load_mixture([str(tmp_path / "people.jsonl"), str(tmp_path / "own.yaml")], "data", words, 0)
     stage = Distill(
-        kind="distill", train="all", data=["unused"], tokens=64, cross_entropy=0.4, trainer=dict(max_length=LENGTH, packing_strategy="wrapped")
+        kind="distill",
+        train="all",
+        data=["unused"],
+        tokens=64,
+        cross_entropy=0.4,
+        trainer=dict(max_length=LENGTH, packing_strategy="wrapped"),
     )
     config = trainer_config(stage, tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
     student, teacher = (tiny_model(vocab_size=VOCAB) for _ in range(2))
@@ -201,12 +212,27 @@ def test_no_room_for_the_states_is_said_at_once(monkeypatch: pytest.MonkeyPatch,
 )
 def test_a_kept_teacher_needs_rows_of_one_length(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Distill(**{"kind": "distill", "data": ["x"], "tokens": 1, "keep_teacher": True, "trainer": {"packing_strategy": "wrapped"}} | fields)
+        Distill(
+            **{
+                "kind": "distill",
+                "data": ["x"],
+                "tokens": 1,
+                "keep_teacher": True,
+                "trainer": {"packing_strategy": "wrapped"},
+            }
+            | fields
+        )
 
 
-@pytest.mark.parametrize("batch, dropped, named", [(3, True, {}), (500, False, {}), (3, False, {"dataloader_drop_last": False})])
-def test_compiled_stages_take_whole_batches_where_there_is_one(batch: int, dropped: bool, named: dict, tmp_path) -> None:
-    trainer = make_trainer("distill", tmp_path, batch=batch, stage={"compile": True}, packing_strategy="wrapped", **named)
+@pytest.mark.parametrize(
+    "batch, dropped, named", [(3, True, {}), (500, False, {}), (3, False, {"dataloader_drop_last": False})]
+)
+def test_compiled_stages_take_whole_batches_where_there_is_one(
+    batch: int, dropped: bool, named: dict, tmp_path
+) -> None:
+    trainer = make_trainer(
+        "distill", tmp_path, batch=batch, stage={"compile": True}, packing_strategy="wrapped", **named
+    )
     assert trainer.args.dataloader_drop_last is dropped
     if named:
         return

@@ -9,13 +9,13 @@ from transformers import TrainerCallback
 
 from tests.conftest import FULL, settings, tiny_model, windows
 from tests.unit.test_recover import documents, losses, make_trainer
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
+from transmla.measure import attention_taps as taps
+from transmla.measure.attention_errors import attention_errors
+from transmla.measure.attention_taps import attention_divergence
 from transmla.modeling.student import ATTENTION
-from transmla.recover import taps
-from transmla.recover.losses import attention_divergence
-from transmla.recover.run import run_stage
-from transmla.recover.trainer import CountingCollator, kept_of
-from transmla.recover.transfer import attention_errors
+from transmla.recover.collator import CountingCollator, kept_of
+from transmla.recover.stage import run_stage
 
 
 def row() -> dict[str, torch.Tensor]:
@@ -39,7 +39,12 @@ def test_sft_is_the_cross_entropy_of_unmasked_labels(tmp_path) -> None:
     "stage, term",
     [
         ({"divergence": "reverse_kl"}, lambda p, q: (q * (q / p).log()).sum()),
-        ({"divergence": "jsd", "beta": 0.3}, lambda p, q: 0.3 * (p * (p / (0.3 * p + 0.7 * q)).log()).sum() + 0.7 * (q * (q / (0.3 * p + 0.7 * q)).log()).sum()),
+        (
+            {"divergence": "jsd", "beta": 0.3},
+            lambda p, q: (
+                0.3 * (p * (p / (0.3 * p + 0.7 * q)).log()).sum() + 0.7 * (q * (q / (0.3 * p + 0.7 * q)).log()).sum()
+            ),
+        ),
         ({"temperature": 2.0}, None),
         ({"cross_entropy": 0.25}, lambda p, q: 0.75 * (p * (p / q).log()).sum()),
     ],
@@ -108,7 +113,9 @@ class KillAtThree(TrainerCallback):
 RELATIVE = {"train": "all", "trunk_learning_rate": 0.5, "relative_learning_rate": True}
 
 
-@pytest.mark.parametrize(("stage", "rate"), [({"train": "lora"}, 1e-3), (RELATIVE, 0.7)])  # two steps of 0.7 change every size
+@pytest.mark.parametrize(
+    ("stage", "rate"), [({"train": "lora"}, 1e-3), (RELATIVE, 0.7)]
+)  # two steps of 0.7 change every size
 def test_parameters_of_their_own_resume_bitwise(stage: dict, rate: float, tmp_path) -> None:
     """Adapters; and rates by the sizes that weights had at the stage's start, not in the checkpoint."""
     options = dict(stage=stage, steps=4, save_steps=2, learning_rate=rate)
@@ -166,7 +173,8 @@ def test_transfer_against_a_walk_by_hand(stream: str, hidden: float, tmp_path) -
 
 @torch.no_grad()
 def attention_maps(trainer, tokens, mask) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Attention weights of teacher and student by layer, [B, H, T, T], both on the teacher's stream, by eager attention."""
+    """Attention weights of teacher and student by layer, [B, H, T, T], both on the teacher's stream, by eager
+    attention."""
     teacher, student = copy.deepcopy(trainer.teacher), copy.deepcopy(trainer.student)
     for model in (teacher, student):
         model.set_attn_implementation("eager")
@@ -190,7 +198,9 @@ def attention_maps(trainer, tokens, mask) -> list[tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("hidden", [0.0, 0.5])
 @pytest.mark.parametrize("queries", [4, 128])
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_logits_against_attention_maps(padded: bool, queries: int, hidden: float, tmp_path, monkeypatch) -> None:
+def test_attention_logits_against_attention_maps(
+    padded: bool, queries: int, hidden: float, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setattr(taps, "QUERIES", queries)
     trainer = make_trainer("layerwise", tmp_path)
     tokens = torch.randint(1, 97, (2, 19))
@@ -226,7 +236,9 @@ def test_attention_logits_of_padding_on_the_left_are_numbers(tmp_path) -> None:
     for name, value in trainer.student.named_parameters():
         assert value.grad is None or value.grad.isfinite().all(), name
     logits = torch.randn(1, 2, 3, 4)
-    assert torch.equal(attention_divergence(logits, -logits, torch.zeros(1, 1, 3, 4, dtype=torch.bool)), torch.zeros(1, 3))
+    assert torch.equal(
+        attention_divergence(logits, -logits, torch.zeros(1, 1, 3, 4, dtype=torch.bool)), torch.zeros(1, 3)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -244,7 +256,8 @@ def test_an_exact_student_attends_as_its_teacher(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [{"stream": "student"}, {"hidden": 0.5}, {"stream": "student", "hidden": 0.5, "logits": 0.1}, {"logits": 1.0}]
+    "stage",
+    [{"stream": "student"}, {"hidden": 0.5}, {"stream": "student", "hidden": 0.5, "logits": 0.1}, {"logits": 1.0}],
 )
 def test_transfer_learns_on_either_stream(stage, tmp_path) -> None:
     trainer = make_trainer("layerwise", tmp_path, stage=stage, steps=24, batch=4, learning_rate=3e-3)
@@ -270,7 +283,8 @@ def test_trunk_learns_at_a_rate_of_its_own(tmp_path) -> None:
 
 
 def test_rates_relative_to_the_weights(tmp_path) -> None:
-    """One plain SGD step: every matrix changes by its own size times what it changes otherwise; vectors by the median."""
+    """One plain SGD step: every matrix changes by its own size times what it changes otherwise; vectors by the
+    median."""
     from tests.unit.test_recover import PLAIN
 
     changes = []
@@ -292,7 +306,8 @@ def test_rates_relative_to_the_weights(tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["layerwise", "distill"])
 def test_compiled_layers_compute_the_same(kind: str, tmp_path) -> None:
-    """Through another backend than the default, which would need a compiler: graphs are cut and guarded in the same way."""
+    """Through another backend than the default, which would need a compiler: graphs are cut and guarded in the same
+    way."""
     plain = make_trainer(kind, tmp_path / "plain", steps=2, packing=False)
     plain.train()
     with pytest.MonkeyPatch.context() as patch:
@@ -322,7 +337,11 @@ def test_merging_leaves_the_teacher_alone(tmp_path) -> None:
     before = {name: value.detach().clone() for name, value in trainer.teacher.named_parameters()}
     run_stage(trainer, torch.float32)
     assert all(torch.equal(value, before[name]) for name, value in trainer.teacher.named_parameters())
-    changed = [name for name, value in trainer.student.named_parameters() if name in before and not torch.equal(value, before[name])]
+    changed = [
+        name
+        for name, value in trainer.student.named_parameters()
+        if name in before and not torch.equal(value, before[name])
+    ]
     assert any("mlp" in name for name in changed)
 
 
@@ -346,7 +365,9 @@ def test_what_the_collator_says_changes_nothing(kind: str, tmp_path) -> None:
     rows = [{"input_ids": text, "labels": [-100] * 3 + text[3:]} for text in documents()[:2]]
     batch = trainer.data_collator(rows)
     assert "kept" in batch
-    found = [trainer.objective(trainer.model, inputs) for inputs in (batch, {k: v for k, v in batch.items() if k != "kept"})]
+    found = [
+        trainer.objective(trainer.model, inputs) for inputs in (batch, {k: v for k, v in batch.items() if k != "kept"})
+    ]
     assert found[0].total.item() == found[1].total.item() and int(found[0].tokens) == int(found[1].tokens)
 
 

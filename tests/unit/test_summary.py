@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from transmla.errors import RecipeError
-from transmla.evaluate.intervals import paired_difference, standard_error, student_t, wilson
-from transmla.evaluate.perplexity import compare, full_float32
-from transmla.evaluate.settings import Requirement
-from transmla.evaluate.summary import check_thresholds, compare_tasks, figures, measured, missed, recovered
-from transmla.evaluate.tables import recovered_table, task_tables
-from transmla.evaluate.tasks import Answers
+from transmla.measure.intervals import paired_difference, standard_error, student_t, wilson
+from transmla.measure.perplexity import compare, full_float32
+from transmla.measure.tasks import Answers
+from transmla.recipe.evaluation import Requirement
+from transmla.report.summary import check_thresholds, compare_tasks, figure_lines, measured, missed, recovered
+from transmla.report.tables import recovered_table, task_tables
 
 
 def test_quality_by_window() -> None:
@@ -22,7 +22,10 @@ def test_quality_by_window() -> None:
     own, other = torch.randn(2, count, length, width)
     heads = torch.randn(2, vocabulary, width)
     quality = compare(windows, own, heads[0], other, heads[1])
-    log_s, log_t = (torch.log_softmax((h.double() @ head.double().T)[:, :-1], -1) for h, head in zip((own, other), heads, strict=True))
+    log_s, log_t = (
+        torch.log_softmax((h.double() @ head.double().T)[:, :-1], -1)
+        for h, head in zip((own, other), heads, strict=True)
+    )
     kls = (log_t.exp() * (log_t - log_s)).sum(-1).mean(1)
     nlls = -log_s.gather(2, windows[:, 1:, None]).squeeze(2).mean(1)
     assert quality.tokens == count * (length - 1) and quality.windows == count
@@ -52,21 +55,25 @@ def test_a_trainers_tf32_does_not_reach_the_measures() -> None:
 
 def test_figures_of_one_model_are_said_before_the_report() -> None:
     quality = {"news": {"kl": 0.12345, "perplexity": 26.4371, "top1": 0.675}}
-    assert figures({"quality": quality, "tasks": {"boolq": {"acc": 0.4128, "count": 3270}}}) == [
+    assert figure_lines({"quality": quality, "tasks": {"boolq": {"acc": 0.4128, "count": 3270}}}) == [
         "news: KL 0.1235, perplexity 26.437, top-1 67.5 %",
         "boolq: accuracy 41.3 % of 3,270",
     ]
-    assert figures({}) == []
+    assert figure_lines({}) == []
 
 
 def test_intervals() -> None:
     assert [round(student_t(freedom), 1) for freedom in (3, 7, 60)] == [3.2, 2.4, 2.0]
     assert standard_error([1.0]) is None and standard_error([0.0, 1.0]) == pytest.approx(0.5)
-    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and wilson(81, 263) == pytest.approx(
+        (0.2553, 0.3662), abs=1e-4
+    )
     ours, theirs = [1.0] * 50 + [0.0] * 50, [1.0] * 48 + [0.0] * 2 + [1.0] * 6 + [0.0] * 44
     value, error = paired_difference(ours, theirs)
     assert value == pytest.approx(-0.04)
-    assert error == pytest.approx(math.sqrt((8 / 100 - 0.04**2) / 99), rel=1e-9)  # (b + c)/n − d²: discordant pairs alone
+    assert error == pytest.approx(
+        math.sqrt((8 / 100 - 0.04**2) / 99), rel=1e-9
+    )  # (b + c)/n − d²: discordant pairs alone
     assert error < 0.5 * math.hypot(standard_error(ours), standard_error(theirs))
 
 
@@ -82,7 +89,9 @@ FOUND = {
     "converted": {"one": answers("0123", "3331"), "two": answers("01", "00")},
     "recovered": {"one": answers("0123", "0221"), "two": answers("01", "01")},
 }
-TASKS = compare_tasks({model: {task: one.summary() for task, one in own.items()} for model, own in FOUND.items()}, FOUND)
+TASKS = compare_tasks(
+    {model: {task: one.summary() for task, one in own.items()} for model, own in FOUND.items()}, FOUND
+)
 
 
 def quality(perplexity: float, kl: float, top1: float) -> dict:
@@ -106,7 +115,11 @@ def test_tasks_beside_the_teachers() -> None:
     assert average["difference"]["acc"]["se"] == pytest.approx(0.125)  # √(0.25² + 0²)/2
     assert average["acc_norm"] is None and "difference" not in TASKS["teacher"]["one"]
     text = "\n".join(task_tables(TASKS))
-    assert "| one | 4 | 75.0 (30.1 to 95.4) | 0.0 " in text and "| average | -62.5 (" in text and "| one | 0.0 | 50.0 |" in text
+    assert (
+        "| one | 4 | 75.0 (30.1 to 95.4) | 0.0 " in text
+        and "| average | -62.5 (" in text
+        and "| one | 0.0 | 50.0 |" in text
+    )
 
 
 def test_recovered_in_per_cent() -> None:
@@ -117,7 +130,11 @@ def test_recovered_in_per_cent() -> None:
     assert rows["acc", "average"] == pytest.approx({"converted": 100 * 0.25 / 0.875, "recovered": 100 * 0.75 / 0.875})
     assert rows["solve", "sums"] == pytest.approx({"recovered": 75})
     table = "\n".join(recovered_table(recovered(REPORT)))
-    assert "| KL | text | 0.0 | 75.0 |" in table and "| problems solved | sums |  | 75.0 |" in table and "- Problems" in table
+    assert (
+        "| KL | text | 0.0 | 75.0 |" in table
+        and "| problems solved | sums |  | 75.0 |" in table
+        and "- Problems" in table
+    )
     perfect = REPORT | {"quality": {"teacher": quality(10, 0, 1), "converted": quality(10, 0, 1)}}
     assert not [row for row in recovered(perfect) if row["measure"] == "kl"]  # nothing was lost
 
@@ -136,11 +153,18 @@ def test_recovered_in_per_cent() -> None:
 def test_thresholds(measure: str, data: str, value: float) -> None:
     bound = lambda **side: Requirement(measure=measure, data=data, **side)  # noqa: E731
     assert measured(bound(at_most=9), REPORT) == pytest.approx(value)
-    sides = [bound(at_most=value * 1.01), bound(at_least=value * 0.99), bound(at_most=value * 0.99), bound(at_least=value * 1.01)]
+    sides = [
+        bound(at_most=value * 1.01),
+        bound(at_least=value * 0.99),
+        bound(at_most=value * 0.99),
+        bound(at_least=value * 1.01),
+    ]
     found = check_thresholds(sides, REPORT)
     assert [entry["met"] for entry in found] == [True, True, False, False]
     lines = missed({"required": found})
-    assert len(lines) == 2 and f"got {value:.4g}" in lines[0] and f"{measure} of recovered on {data} at most" in lines[0]
+    assert (
+        len(lines) == 2 and f"got {value:.4g}" in lines[0] and f"{measure} of recovered on {data} at most" in lines[0]
+    )
 
 
 def test_what_was_not_measured_is_missed() -> None:
@@ -163,8 +187,8 @@ def test_thresholds_that_mean_nothing(wrong: dict, reason: str) -> None:
 
 
 def test_thresholds_name_what_the_recipe_measures(tmp_path) -> None:
-    from transmla.compose import load_recipe
-    from transmla.evaluate.require import check_requirements
+    from transmla.plan.evaluation_checks import check_requirements
+    from transmla.recipe.compose import load_recipe
 
     def check(*words: str) -> None:
         check_requirements(load_recipe("debug", [f"output_dir={tmp_path}", *words]))
@@ -177,7 +201,10 @@ def test_thresholds_name_what_the_recipe_measures(tmp_path) -> None:
     for words, key in (
         ([entry.format("kl", "mine"), tasks], "evaluate.require.0.data: mine is none of evaluate.data"),
         ([entry.format("accuracy_drop", "average")], "evaluate.require.0.measure: accuracy_drop needs evaluate.tasks"),
-        ([entry.format("solve_recovered", "gsm8k")], "evaluate.require.0.measure: solve_recovered needs evaluate.solve"),
+        (
+            [entry.format("solve_recovered", "gsm8k")],
+            "evaluate.require.0.measure: solve_recovered needs evaluate.solve",
+        ),
         ([entry.format("kl", "sample_heldout"), "recover=[]"], "evaluate.require.0.model: the recipe has no recovery"),
         ([entry.format("speed", "sample_heldout")], "evaluate.require.0.measure"),
     ):

@@ -11,14 +11,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.conftest import FULL, VOCAB, settings, tiny_model, windows
-from transmla.convert.convert import convert_model
+from transmla.convert.conversion import convert_model
 from transmla.errors import RecipeError
-from transmla.evaluate.choices import batches, loglikelihoods, rows_of
-from transmla.evaluate.settings import TaskSource
-from transmla.evaluate.tasks import Answers, answer, check_tasks, read_questions
-from transmla.recipe import Evaluate
+from transmla.measure.choices import batches, loglikelihoods, rows_of
+from transmla.measure.tasks import Answers, answer, check_tasks, read_questions
+from transmla.recipe.evaluation import ChoiceTask, Evaluate
 
-TEXT = ["the sea and the land and the hills", "a cat sat on the mat, a dog ran to the hills", "what is the answer? the answer is ten"]
+TEXT = [
+    "the sea and the land and the hills",
+    "a cat sat on the mat, a dog ran to the hills",
+    "what is the answer? the answer is ten",
+]
 PAIRS = [
     ("the sea and", " the land"),
     ("the sea and", " a"),
@@ -84,7 +87,9 @@ def test_the_greedy_continuation_is_recognised(tokenizer: PreTrainedTokenizerBas
     model = tiny_model()
     tokens = tokenizer("the sea")["input_ids"]
     best = tokenizer.decode(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    ((_, greedy), (_, other)) = loglikelihoods(model, tokenizer, [("the sea", best), ("the sea", " the land")], budget=64, label="t")
+    ((_, greedy), (_, other)) = loglikelihoods(
+        model, tokenizer, [("the sea", best), ("the sea", " the land")], budget=64, label="t"
+    )
     assert (greedy, other) == (True, False)
 
 
@@ -92,7 +97,9 @@ def test_same_inputs_are_one_row_and_batches_keep_their_budget() -> None:
     rows = rows_of([([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1, 2], [3, 6]), ([7] * 20, [8])], limit=10)
     assert [len(row.tokens) for row in rows] == [10, 3]
     assert rows[1].targets == [(0, [4]), (1, [5]), (2, [3, 6])]
-    sizes = [(len(part), len(part[0].tokens)) for part in batches(rows_of([([1] * n, [2]) for n in range(1, 9)], 99), 10)]
+    sizes = [
+        (len(part), len(part[0].tokens)) for part in batches(rows_of([([1] * n, [2]) for n in range(1, 9)], 99), 10)
+    ]
     assert all(count * length <= 10 for count, length in sizes) and sum(count for count, _ in sizes) == 8
     assert [len(part) for part in batches(rows, 1)] == [1, 1]
 
@@ -112,7 +119,7 @@ def write(folder: Path, rows: list[dict] = ROWS) -> Path:
     return file
 
 
-def ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: TaskSource) -> Answers:
+def ask(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: ChoiceTask) -> Answers:
     return answer(model, tokenizer, task, key="k", budget=64, label="test")
 
 
@@ -125,7 +132,7 @@ def test_verdicts_of_a_model_without_opinions(tokenizer: PreTrainedTokenizerBase
     tokens, letters = [count(choice) for choice in choices], [10, 1, 4]
     assert tokens[1] == 1 < tokens[0] and min(range(3), key=lambda i: tokens[i] / letters[i]) == 0
     rows = [{"ctx": "the sea", "choices": choices, "gold": gold} for gold in (0, 1, 1, 2)]
-    answers = ask(model, tokenizer, TaskSource(path=str(write(tmp_path, rows))))
+    answers = ask(model, tokenizer, ChoiceTask(path=str(write(tmp_path, rows))))
     assert answers.picked == [1] * 4 and answers.picked_norm == [0] * 4
     assert answers.correct == [0, 1, 1, 0] and answers.correct_norm == [1, 0, 0, 0]
     summary = answers.summary()
@@ -150,20 +157,22 @@ def harness_task(folder: Path, **changes: object) -> Path:
     """The questions as a task of the harness, which joins context and choice by a space itself."""
     rows = [{"ctx": row["ctx"], "words": [word[1:] for word in row["choices"]], "gold": row["gold"]} for row in ROWS]
     file = write(folder, rows)
-    (folder / "mine.yaml").write_text(yaml.safe_dump(HARNESS | {"dataset_kwargs": {"data_files": {"test": str(file)}}} | changes))
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump(HARNESS | {"dataset_kwargs": {"data_files": {"test": str(file)}}} | changes)
+    )
     return folder / "mine.yaml"
 
 
 def test_a_file_is_judged_as_the_harness_judges_its_task(tokenizer: PreTrainedTokenizerBase, tmp_path) -> None:
     (tmp_path / "harness").mkdir()
-    task = TaskSource(task=str(harness_task(tmp_path / "harness")))
+    task = ChoiceTask(task=str(harness_task(tmp_path / "harness")))
     check_tasks(Evaluate(data=["x"], tasks=[task]), online=True)
     verdicts = set()
     for seed in range(4):
         model = tiny_model()
         torch.manual_seed(seed)
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
-        theirs, ours = ask(model, tokenizer, task), ask(model, tokenizer, TaskSource(path=str(write(tmp_path))))
+        theirs, ours = ask(model, tokenizer, task), ask(model, tokenizer, ChoiceTask(path=str(write(tmp_path))))
         assert theirs == ours
         verdicts |= {tuple(ours.correct), tuple(ours.correct_norm)}
     assert len(verdicts) >= 3, "one verdict alone would hide a mistake"
@@ -173,13 +182,17 @@ def test_a_file_is_judged_as_the_harness_judges_its_task(tokenizer: PreTrainedTo
 def test_tasks_of_the_harness_that_are_refused(tmp_path, monkeypatch) -> None:
     from lm_eval.tasks import TaskManager
 
-    from transmla.evaluate import harness
+    from transmla.measure import harness
 
     monkeypatch.setattr(harness, "_manager", lambda file: TaskManager(include_defaults=False))
     check = lambda task: check_tasks(Evaluate(data=["x"], tasks=[task]), online=True)  # noqa: E731
     with pytest.raises(RecipeError, match="evaluate.tasks.0: lm-eval-harness has no task 'arc_esy'"):
         check("arc_esy")
-    generating = {"output_type": "generate_until", "metric_list": [{"metric": "exact_match"}], "generation_kwargs": {"until": ["."]}}
+    generating = {
+        "output_type": "generate_until",
+        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["."]},
+    }
     with pytest.raises(RecipeError, match="no task of choices"):
         check(str(harness_task(tmp_path, **generating)))
     with pytest.raises(RecipeError, match="cannot load the data"):
@@ -187,7 +200,7 @@ def test_tasks_of_the_harness_that_are_refused(tmp_path, monkeypatch) -> None:
 
 
 def test_a_missing_harness_is_refused_only_where_it_is_needed(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.evaluate.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("transmla.measure.tasks.find_spec", lambda name: None)
     check_tasks(Evaluate(data=["x"], tasks=[str(write(tmp_path))]), online=False)
     with pytest.raises(RecipeError, match=r"evaluate.tasks.0: arc_easy needs lm-eval-harness; pip install 'lm-eval"):
         check_tasks(Evaluate(data=["x"], tasks=["arc_easy"]), online=False)
@@ -210,19 +223,28 @@ def test_broken_files(content: bytes, reason: str, tmp_path) -> None:
     file = tmp_path / ("q.jsonl.gz" if content[:2] == b"\x1f\x8b" else "q.jsonl")
     file.write_bytes(content)
     with pytest.raises(RecipeError, match=reason):
-        read_questions(TaskSource(path=str(file)), "evaluate.tasks.0")
+        read_questions(ChoiceTask(path=str(file)), "evaluate.tasks.0")
     with pytest.raises(RecipeError, match="no such file"):
-        read_questions(TaskSource(path=str(tmp_path / "none.jsonl")), "evaluate.tasks.0")
+        read_questions(ChoiceTask(path=str(tmp_path / "none.jsonl")), "evaluate.tasks.0")
 
 
 def test_names_of_tasks() -> None:
-    assert [TaskSource.model_validate(entry).label for entry in ("arc_easy", "a/b.jsonl.gz", {"path": "a.jsonl", "name": "x"})] == [
+    assert [
+        ChoiceTask.model_validate(entry).label
+        for entry in ("arc_easy", "a/b.jsonl.gz", {"path": "a.jsonl", "name": "x"})
+    ] == [
         "arc_easy",
         "b",
         "x",
     ]
-    for wrong in ({}, {"task": "a", "path": "b.jsonl"}, {"path": "a.csv"}, {"path": "average.jsonl"}, {"path": "a.jsonl", "num_fewshot": 1}):
+    for wrong in (
+        {},
+        {"task": "a", "path": "b.jsonl"},
+        {"path": "a.csv"},
+        {"path": "average.jsonl"},
+        {"path": "a.jsonl", "num_fewshot": 1},
+    ):
         with pytest.raises(ValueError):
-            TaskSource.model_validate(wrong)
+            ChoiceTask.model_validate(wrong)
     with pytest.raises(ValueError, match="two tasks are called a"):
         Evaluate(data=["x"], tasks=["a", "a.jsonl"])

@@ -1,1 +1,1 @@
-"""Conversion: calibration, decoupling of RoPE, joint low rank, refit, search (docs/conversion.md)."""
+"""The closed form: calibration, rope, low rank, refit, search; in float64."""

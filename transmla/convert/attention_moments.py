@@ -10,18 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transmla.modeling.backends import cap
+from transmla.modeling.kernels.eager import cap
 
 QUERY_STRIDE = 4  # one query in so many is looked at; which one moves from batch to batch
+
 QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
 
 
 class AttentionMoments:
     """Accumulates over rows of text; float64 on one device.
 
-    averaged: E[z z^T]. attended: E[sum_s A_ts x_s x_s^T]. distance: [H, L], attention by distance. logit_cost: [H], what
-    one unit of independent logit error costs in output error, E[sum_s A_ts² |O (v_s - o_t)|²]. key_cross: [G, d, D1],
-    E[sum_s A_ts k_s [x_s; 1]^T], the attention that of all heads, only with `normed_keys`.
+    averaged: E[z z^T]. attended: E[sum_s A_ts x_s x_s^T]. distance: [H, L], attention by distance. logit_cost: [H],
+    what one unit of independent logit error costs in output error, E[sum_s A_ts² |O (v_s - o_t)|²]. key_cross: [G, d,
+    D1], E[sum_s A_ts k_s [x_s; 1]^T], the attention that of all heads, only with `normed_keys`.
     """
 
     def __init__(self, output: Tensor, groups: int, length: int, *, normed_keys: bool) -> None:

@@ -18,9 +18,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments
-from transmla.families import FAMILIES, HeadNorm
-from transmla.modeling.backends import eager_attention
-from transmla.modeling.window import layer_window
+from transmla.families import FAMILIES
+from transmla.families.family import HeadNorm
+from transmla.modeling.config_facts import sliding_window_of
+from transmla.modeling.kernels.eager import eager_attention
 
 IMPLEMENTATION = "mla_calibration"
 
@@ -169,14 +170,14 @@ def capped_attention(
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator]) -> Iterator[None]:
+def _observed(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator]) -> Iterator[None]:
     """Register an attention function that sees the rotated queries and keys of the model's own attention."""
     known = weakref.WeakKeyDictionary(accumulators)
     config = model.config
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
         softcap = kwargs.get("softcap")
-        window = layer_window(config, module.layer_idx)
+        window = sliding_window_of(config, module.layer_idx)
         known[module].add_attention(query, key, value, scaling=kwargs["scaling"], softcap=softcap, window=window)
         if softcap is None:
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -229,7 +230,7 @@ def calibrate(
         normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
         attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
         accumulators[module] = _Accumulator(config.hidden_size, attention, normed)
-    with _recording(model, accumulators):
+    with _observed(model, accumulators):
         for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
             model.model(input_ids=batch.to(model.device), use_cache=False)
     if not next(iter(accumulators.values())).tokens:

@@ -29,9 +29,9 @@ def norm_weights(weights: dict[str, Tensor], augmented: Tensor, kv_lora_rank: in
     Args:
         weights: state dict of `MLAAttention`, solved. augmented: second moment of [x; 1], [D1, D1].
     """
-    latent = torch.cat(
-        (weights["kv_a_proj_with_mqa.weight"], weights["kv_a_proj_with_mqa.bias"][:, None]), dim=1
-    )[:kv_lora_rank]
+    latent = torch.cat((weights["kv_a_proj_with_mqa.weight"], weights["kv_a_proj_with_mqa.bias"][:, None]), dim=1)[
+        :kv_lora_rank
+    ]
     out = {"kv_a_layernorm.weight": latent.new_full((kv_lora_rank,), scale_of(latent, augmented))}
     if "q_a_proj.weight" in weights:
         query = weights["q_a_proj.weight"]

@@ -1,10 +1,10 @@
 """Refit of the output projections, layer after layer on the student's own stream.
 
-A converted layer gets other inputs than the source's did, because the layers below it changed, and its heads err in ways
-that are correlated. One regression a layer corrects what a linear output can: with a the heads' outputs of the student
-on its own stream, O minimises  E|y + δ (h - h~) - O a|² + ε|O - O_0|²,  y the source's attention output, h and h~ the
-streams of source and student before the layer, δ the share of their drift that this layer takes back. ε is the one of
-`DAMPINGS` with the least error on windows that are left out for that; the fit is then made on all.
+A converted layer gets other inputs than the source's did, because the layers below it changed, and its heads err in
+ways that are correlated. One regression a layer corrects what a linear output can: with a the heads' outputs of the
+student on its own stream, O minimises  E|y + δ (h - h~) - O a|² + ε|O - O_0|²,  y the source's attention output, h and
+h~ the streams of source and student before the layer, δ the share of their drift that this layer takes back. ε is the
+one of `DAMPINGS` with the least error on windows that are left out for that; the fit is then made on all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # ε in units of the mean of E[a²]
+
 SHARE = 8  # one window in so many judges ε, one of all where there are fewer
+
 UNJUDGED = 1e-2  # ε where there is only one window
 
 
@@ -35,10 +37,10 @@ class Stream:
             os.posix_fallocate(room.fileno(), 0, count * dtype.itemsize)
         self.states = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(states)
 
-    def read(self, rows: slice, device: torch.device) -> Tensor:
+    def get(self, rows: slice, device: torch.device) -> Tensor:
         return self.states[rows].to(device, copy=True)  # what is read may be written over before it is used
 
-    def write(self, rows: slice, states: Tensor) -> None:
+    def put(self, rows: slice, states: Tensor) -> None:
         self.states[rows] = states.to("cpu", self.states.dtype)
 
 
@@ -93,7 +95,9 @@ def _listen(module: nn.Module, *, inputs: bool) -> Iterator[list[Tensor]]:
     def after(module: nn.Module, args: tuple, out: Any) -> None:
         heard[:] = [out[0] if isinstance(out, tuple) else out]
 
-    handle = module.register_forward_pre_hook(before, with_kwargs=True) if inputs else module.register_forward_hook(after)
+    handle = (
+        module.register_forward_pre_hook(before, with_kwargs=True) if inputs else module.register_forward_hook(after)
+    )
     try:
         yield heard
     finally:
@@ -153,9 +157,9 @@ def refit_outputs(
 ) -> None:
     """Refit every `o_proj` of a student in place.
 
-    Costs a pass of the source, a pass of the student and a second one of its attentions, and a forward of each for every
-    size of batch. Memory: O(D²) and one batch; the streams of both lie in files below the system's temporary folder
-    (TMPDIR), `stream_bytes` in all.
+    Costs a pass of the source, a pass of the student and a second one of its attentions, and a forward of each for
+    every size of batch. Memory: O(D²) and one batch; the streams of both lie in files below the system's temporary
+    folder (TMPDIR), `stream_bytes` in all.
 
     Args:
         windows: calibration tokens, [n, L]. drift: δ, 0 where the source puts a norm behind its attention.
@@ -175,8 +179,8 @@ def refit_outputs(
                 for part in rows:
                     with suppress(_Reached):
                         source.model(input_ids=windows[part].to(device), use_cache=False)
-                    original.write(part, first[0])
-                    own.write(part, first[0])
+                    original.put(part, first[0])
+                    own.put(part, first[0])
             finally:
                 stop.remove()
         one, other = Layers(source), Layers(student)
@@ -188,9 +192,9 @@ def refit_outputs(
             fit, judge = Moments(weight), Moments(weight)
             for part in rows:
                 batch = windows[part]
-                before, mine = original.read(part, device), own.read(part, device)
+                before, mine = original.get(part, device), own.get(part, device)
                 with _listen(one.layers[index].self_attn, inputs=False) as target:
-                    original.write(part, one.run(index, before, batch))
+                    original.put(part, one.run(index, before, batch))
                 with _listen(projection, inputs=True) as heads:
                     other.attend(index, mine, batch)
                 inputs = heads[0].float()
@@ -202,7 +206,7 @@ def refit_outputs(
             if (damping := choose_damping(fit, judge)) is not None:
                 projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
             for part in rows:
-                own.write(part, other.run(index, own.read(part, device), windows[part]))
+                own.put(part, other.run(index, own.get(part, device), windows[part]))
 
 
 class _Reached(Exception):

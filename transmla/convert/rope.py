@@ -116,4 +116,3 @@ def decouple_rope(
         q_rope=to_real(torch.cat(q_rope, dim=1)),
         k_rope=to_real(torch.cat(k_rope, dim=0)),
     )
-

@@ -10,15 +10,16 @@ from transformers import PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics
 from transmla.errors import RecipeError
-from transmla.evaluate.perplexity import Judge
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
-from transmla.recipe import Convert
-from transmla.recover.transfer import attention_errors
+from transmla.measure.attention_errors import attention_errors
+from transmla.measure.perplexity import Judge
+from transmla.recipe.schema import Convert
 
 SHARE = 8  # one window in so many is held out,
+
 TOKENS = 8192  # but not more than so many tokens
 
-Solver = Callable[[Convert, MLAGeometry], PreTrainedModel]
+Assemble = Callable[[Convert, MLAGeometry], PreTrainedModel]
 
 
 def split(windows: Tensor, settings: Convert) -> tuple[Tensor, Tensor | None]:
@@ -30,7 +31,9 @@ def split(windows: Tensor, settings: Convert) -> tuple[Tensor, Tensor | None]:
     if not settings.searched:
         return windows, None
     if len(windows) < 2:
-        raise RecipeError("convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more")
+        raise RecipeError(
+            "convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more"
+        )
     count = max(1, min(len(windows) // SHARE, TOKENS // windows.shape[1]))
     chosen = torch.linspace(0, len(windows) - 1, count + 2)[1:-1].round().long()  # spread over the text's domains
     keep = torch.ones(len(windows), dtype=torch.bool)
@@ -39,15 +42,15 @@ def split(windows: Tensor, settings: Convert) -> tuple[Tensor, Tensor | None]:
 
 
 def search(
-    source: PreTrainedModel, settings: Convert, statistics: list[LayerStatistics], held_out: Tensor, solve: Solver
+    source: PreTrainedModel, settings: Convert, statistics: list[LayerStatistics], held_out: Tensor, assemble: Assemble
 ) -> tuple[Convert, MLAGeometry, list[str]]:
     """Fill in everything that is `auto`.
 
-    Dimensions, collapse and a freqfold or mean rotation for all layers are judged by the KL of the solved student, without
-    refit, to the source; the freqfold of a layer by its attention's output error on the source's own inputs.
+    Dimensions, collapse and a freqfold or mean rotation for all layers are judged by the KL of the assembled student,
+    without refit, to the source; the freqfold of a layer by its attention's output error on the source's own inputs.
 
     Args:
-        held_out: tokens, [m, L]. solve: settings and geometry to a student.
+        held_out: tokens, [m, L]. assemble: from settings and geometry to a student.
 
     Returns:
         Settings without `auto` (freqfold excepted, which the geometry has by layer), geometry, and a line a decision.
@@ -60,12 +63,16 @@ def search(
             return options[0]
         scores = []
         for option in options:
-            scores.append(judge(solve(option, derive_geometry(source.config, option)), name(option)).kl)
+            scores.append(judge(assemble(option, derive_geometry(source.config, option)), name(option)).kl)
             lines.append(f"{name(option)}: KL {scores[-1]:.4f} on held-out calibration text")
         return options[min(range(len(options)), key=scores.__getitem__)]
 
     if settings.mean_rotation == "auto":
-        tried = [first.model_copy(update={"mean_rotation": flag}) for first in candidates(source.config, settings)[:1] for flag in (True, False)]
+        tried = [
+            first.model_copy(update={"mean_rotation": flag})
+            for first in candidates(source.config, settings)[:1]
+            for flag in (True, False)
+        ]
         chosen = best(tried, lambda option: f"mean_rotation {option.mean_rotation}")
         settings = settings.model_copy(update={"mean_rotation": chosen.mean_rotation})
     settings = best(
@@ -84,7 +91,7 @@ def search(
     scales = [layer.output_mean_square for layer in statistics]
     errors: list[Tensor] = []
     for option in options:
-        student = solve(option, derive_geometry(source.config, option))
+        student = assemble(option, derive_geometry(source.config, option))
         errors.append(output_errors(source, student, held_out, scales))
         lines.append(f"freqfold {option.freqfold}: mean output error of a layer {float(errors[-1].mean()):.4f}")
         if len(errors) > 1 and bool((errors[-1] >= torch.stack(errors[:-1]).amin(0)).all()):

@@ -1,1 +1,1 @@
-"""Text: definitions of datasets, fixed windows for calibration and evaluation."""
+"""Text in: definitions, loading, conversations, mixtures, rows, windows."""

@@ -6,7 +6,7 @@ from string import Formatter
 from typing import Any, Literal
 
 from transmla.errors import RecipeError
-from transmla.recipe import Section
+from transmla.recipe.base import Section
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -55,7 +55,9 @@ def read_turns(turns: Turns, conversation: list[dict[str, Any]], row: dict[str, 
         found.append({"role": "system", "content": row[turns.system]})
     for turn in conversation:
         if turns.role not in turn or turns.content not in turn:
-            raise RecipeError(key, f"a turn has the keys {', '.join(turn)}; correct turns.role and turns.content of the definition")
+            raise RecipeError(
+                key, f"a turn has the keys {', '.join(turn)}; correct turns.role and turns.content of the definition"
+            )
         if turn[turns.role] not in turns.roles:
             raise RecipeError(key, f"a turn has the role {turn[turns.role]!r}; add it to turns.roles of the definition")
         content = turn[turns.content] or ""

@@ -10,12 +10,13 @@ from typing import Literal
 import yaml
 from pydantic import PositiveInt, ValidationError, model_validator
 
-from transmla.compose import share
 from transmla.data.conversations import Message, Turns
 from transmla.errors import RecipeError
-from transmla.section import Section
+from transmla.recipe.base import Section
+from transmla.recipe.names import share
 
 FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".jsonl.gz": "json", ".txt.gz": "text"}
+
 # What trl's trainers know: language modeling, conversations, prompt with completion. The last is no text to train on.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"problem", "answer"})
 
@@ -42,7 +43,8 @@ class DataDefinition(Section):
     cut: `train` for the first nine tenths of the rows, `test` for the rest, where there is no split.
     join: rows are pieces of one running text: windows of tokens are cut from the rows joined by this.
     separator: for `.txt` and `.txt.gz` files, what stands between two rows.
-    synthetic: a model wrote the `text`. The cross-entropy of a distillation leaves its tokens out: how people write is not in them.
+    synthetic: a model wrote the `text`. The cross-entropy of a distillation leaves its tokens out: how people write is
+        not in them.
     """
 
     hub: str | None = None
@@ -75,7 +77,8 @@ class DataDefinition(Section):
             raise ValueError("turns says how a column of conversations is written: name it, columns: {messages: ...}")
         if self.template is None and not self.messages and set(self.columns) not in ROLES:
             raise ValueError(
-                "columns must name text, or messages, or prompt and completion, or problem and answer (or give a template)"
+                "columns must name text, or messages, or prompt and completion, or problem and answer (or give a "
+                "template)"
             )
         if self.synthetic and self.template is None and "text" not in self.columns:
             raise ValueError("synthetic is for text; of conversations and completions the columns say what is learnt")
@@ -89,7 +92,8 @@ def find_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
 
     Args:
         name: a shipped definition, or the path of a `.yaml` definition, or of a `.jsonl`, `.parquet` or `.txt` file
-            with a `text` column (`.jsonl.gz` and `.txt.gz` likewise); `NAME#train` or `NAME#test` for the first nine tenths of its rows or the rest.
+            with a `text` column (`.jsonl.gz` and `.txt.gz` likewise); `NAME#train` or `NAME#test` for the first nine
+            tenths of its rows or the rest.
         key: recipe key, for errors.
     """
     name, sign, cut = name.partition("#")
@@ -161,5 +165,3 @@ def _read_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RecipeError(key, f"{file}: {where} {first['msg'].removeprefix('Value error, ')}") from None
-
-

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.sources import join_kinds, load_many, load_one
-from transmla.entries import Part
+from transmla.data.documents import documents
+from transmla.data.loading import join_kinds, load_many, load_one
 from transmla.errors import RecipeError
-
-
-ROWS = 256  # that a tokenizer gets at a time, so that it may use all cores
-
-
-def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The documents of a dataset as token ids; conversations through the tokenizer's chat template."""
-    for start in range(0, len(data), ROWS):
-        contents = [_content(row) for row in data.select(range(start, min(start + ROWS, len(data))))]
-        plain = [isinstance(content, str) for content in contents]
-        # A chat template writes the special tokens itself.
-        texts = [
-            content if isinstance(content, str) else tokenizer.apply_chat_template(content, tokenize=False)
-            for content in contents
-        ]
-        found = {
-            special: iter(_token_ids([text for text, own in zip(texts, plain, strict=True) if own == special], special, tokenizer))
-            for special in (True, False)
-        }
-        for special in plain:
-            yield next(found[special])
-
-
-def _content(row: dict) -> str | list[dict]:
-    return row["text"] if "text" in row else row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-
-
-def _token_ids(texts: list[str], special: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"] if texts else []
+from transmla.recipe.data_lists import Part
 
 
 def load_mixture(
@@ -62,7 +34,7 @@ def load_mixture(
     Args:
         entries: names, or parts with filters and weights (transmla.entries.Part).
         key: recipe key, for errors.
-        seed: of the draw.
+        seed: of the order.
         joined: as in `transmla.data.sources.load_one`, for plain names; rows that are counted stay apart.
 
     Raises:
@@ -85,9 +57,7 @@ def load_mixture(
     return whole.select(mixture_order(weighed, lengths, seed))
 
 
-def _filter(
-    part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, list[int]]:
+def _filter(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[int]]:
     """The rows that pass and their lengths in tokens (empty where nothing asks for them)."""
     if part.weight is None and part.min_tokens is None and part.max_tokens is None:
         return data.select(range(min(part.rows or len(data), len(data)))), []
@@ -120,14 +90,14 @@ def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed:
     start = 0
     for part, sizes in zip(parts, lengths, strict=True):
         target = part.weight * size
-        rows = _draw(sizes, target, part.repeat, generator)
+        rows = _choose_rows(sizes, target, part.repeat, generator)
         ends = accumulate(sizes[row] for row in rows)
         placed += [((end - sizes[row] / 2) / target, start + row) for row, end in zip(rows, ends, strict=True)]
         start += len(sizes)
     return [row for _, row in sorted(placed)]
 
 
-def _draw(sizes: Sequence[int], target: float, repeat: bool, generator: torch.Generator) -> list[int]:
+def _choose_rows(sizes: Sequence[int], target: float, repeat: bool, generator: torch.Generator) -> list[int]:
     """Rows in random order whose tokens come nearest to `target`; at least one."""
     rows: list[int] = []
     have = 0

@@ -9,9 +9,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.mixture import documents, load_mixture
-from transmla.entries import Part
+from transmla.data.documents import documents
+from transmla.data.mixture import load_mixture
 from transmla.errors import RecipeError
+from transmla.recipe.data_lists import Part
 
 POOL = 16  # text that random windows are drawn from, in budgets
 
@@ -61,7 +62,8 @@ def named_windows(
     seed: int | None = None,
     mixing_seed: int = 0,
 ) -> Tensor:
-    """`token_windows` of datasets that a recipe's section `key` names. [n, L]. mixing_seed: of a mixture, where there is one.
+    """`token_windows` of datasets that a recipe's section `key` names. [n, L]. mixing_seed: of a mixture, where there
+    is one.
 
     Raises:
         RecipeError: a dataset is missing or too short; names `key`.

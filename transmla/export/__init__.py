@@ -1,1 +1,1 @@
-"""Export: a stock DeepSeek-V3 checkpoint, checked by loading it without this package."""
+"""The final checkpoint: DeepSeek's names, configuration and weights; the reload check."""

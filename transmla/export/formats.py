@@ -1,4 +1,5 @@
-"""Which format a student is exported in: a stock DeepSeek-V3 checkpoint where that can express it, else its own class."""
+"""Which format a student is exported in: a stock DeepSeek-V3 checkpoint where that can express it, else its own
+class."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.export.deepseek import blocking_dtype, blocking_feature, export_dimensions
-from transmla.recipe import Export
+from transmla.export.dimensions import export_dimensions
+from transmla.export.expressible import blocking_dtype, blocking_feature
+from transmla.recipe.schema import Export
 
 DEEPSEEK = "deepseek_v3"
 
@@ -48,7 +50,9 @@ def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype
     reason = blocking_feature(student)
     if reason is not None:
         if section.format == DEEPSEEK:
-            raise RecipeError("export.format", f"a stock checkpoint cannot express this model: {reason}; use auto or student")
+            raise RecipeError(
+                "export.format", f"a stock checkpoint cannot express this model: {reason}; use auto or student"
+            )
         return Format(student.model_type, reason)
     stored = dtype if section.dtype == "auto" else getattr(torch, section.dtype)
     if (reason := blocking_dtype(student, stored)) is not None:

@@ -1,11 +1,14 @@
-"""Source architectures: one small adapter each. `family_of` finds the adapter of a configuration."""
+"""Source architectures: one small adapter each. `family_of` finds the adapter of a configuration.
+
+Importing this package registers the student classes with transformers' Auto classes.
+"""
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.families.base import Family, HeadNorm, SourceAttention
+from transmla.families.family import Family, HeadNorm, SourceAttention
 from transmla.families.gemma2 import GEMMA2
 from transmla.families.gemma3 import GEMMA3
 from transmla.families.llama import LLAMA
@@ -21,6 +24,15 @@ FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (LLAMA, QWEN2, QWEN3, MISTRAL, MIXTRAL, GEMMA2, GEMMA3, MIMO)
 }
 _BY_STUDENT = {family.student_config.model_type: family for family in FAMILIES.values()}
+
+for _family in FAMILIES.values():
+    for _config, _model in (
+        (_family.student_config, _family.student_model),
+        (_family.source_config, _family.source_model),
+    ):
+        if _config is not None:
+            AutoConfig.register(_config.model_type, _config, exist_ok=True)
+            AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
 
 def family_of(config: PretrainedConfig) -> Family:

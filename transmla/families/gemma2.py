@@ -5,8 +5,8 @@ Norms around both blocks, GeGLU and the cap on the final logits belong to the tr
 
 from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MLAGemma2Config(Gemma2Config):
@@ -16,11 +16,14 @@ class MLAGemma2Config(Gemma2Config):
     base_model_tp_plan = None
 
 
-class MLAGemma2ForCausalLM(MLAStudent, Gemma2ForCausalLM):
+class MLAGemma2ForCausalLM(Gemma2ForCausalLM):
     """Gemma 2 with multi-head latent attention."""
 
     config_class = MLAGemma2Config
-    caps_attention = True
+
+    def __init__(self, config: MLAGemma2Config) -> None:
+        super().__init__(config)
+        install_attention(self, softcap=config.attn_logit_softcapping)
 
 
 def refuse_bidirectional(config: PretrainedConfig) -> str | None:
@@ -37,7 +40,9 @@ GEMMA2 = Family(
     qkv_bias=lambda config: config.attention_bias,
     output_bias=lambda config: config.attention_bias,
     refuse=refuse_bidirectional,
-    inexpressible=lambda config: "Gemma 2's trunk (norms behind each block, GeGLU, soft-capped logits) is not DeepSeek's",
+    inexpressible=lambda config: (
+        "Gemma 2's trunk (norms behind each block, GeGLU, soft-capped logits) is not DeepSeek's"
+    ),
     kernel="eager",  # PyTorch's fused attention has no cap on the logits
     plain_residual=False,
 )

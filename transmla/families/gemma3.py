@@ -6,10 +6,10 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from transmla.families.base import Family
+from transmla.families.family import Family
 from transmla.families.gemma2 import refuse_bidirectional
 from transmla.families.head_norm import centred_head_norms, read_centred
-from transmla.modeling.student import MLAStudent
+from transmla.modeling.student import install_attention
 
 
 class MLAGemma3TextConfig(Gemma3TextConfig):
@@ -19,16 +19,14 @@ class MLAGemma3TextConfig(Gemma3TextConfig):
     base_model_tp_plan = None
 
 
-class MLAGemma3ForCausalLM(MLAStudent, Gemma3ForCausalLM):
+class MLAGemma3ForCausalLM(Gemma3ForCausalLM):
     """Gemma 3 with multi-head latent attention; the norm of the queries is kept, that of the keys is linearised."""
 
     config_class = MLAGemma3TextConfig
-    config: MLAGemma3TextConfig
-    query_norm = Gemma3RMSNorm
 
-    def rotation(self, states: Tensor, positions: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, T, P] of layer `index`."""
-        return self.model.rotary_emb(states, positions, self.config.layer_types[index])
+    def __init__(self, config: MLAGemma3TextConfig) -> None:
+        super().__init__(config)
+        install_attention(self, query_norm=Gemma3RMSNorm)
 
 
 def _frequencies(model: PreTrainedModel, index: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from transmla.families.base import HeadNorm, SourceAttention, read_split_projections
+from transmla.families.family import HeadNorm, SourceAttention, read_split_projections
 
 INEXPRESSIBLE = "queries and keys pass a norm that DeepSeek's attention does not have"
 

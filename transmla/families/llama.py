@@ -2,8 +2,8 @@
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MLALlamaConfig(LlamaConfig):
@@ -13,10 +13,14 @@ class MLALlamaConfig(LlamaConfig):
     base_model_tp_plan = None
 
 
-class MLALlamaForCausalLM(MLAStudent, LlamaForCausalLM):
+class MLALlamaForCausalLM(LlamaForCausalLM):
     """Llama with multi-head latent attention."""
 
     config_class = MLALlamaConfig
+
+    def __init__(self, config: MLALlamaConfig) -> None:
+        super().__init__(config)
+        install_attention(self)
 
 
 LLAMA = Family(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MiMoConfig(Qwen2Config):
@@ -31,10 +31,14 @@ class MLAMiMoConfig(Qwen2Config):
     base_model_tp_plan = None
 
 
-class MLAMiMoForCausalLM(MLAStudent, Qwen2ForCausalLM):
+class MLAMiMoForCausalLM(Qwen2ForCausalLM):
     """MiMo with multi-head latent attention."""
 
     config_class = MLAMiMoConfig
+
+    def __init__(self, config: MLAMiMoConfig) -> None:
+        super().__init__(config)
+        install_attention(self)
 
 
 def _notice(config: PretrainedConfig) -> str | None:

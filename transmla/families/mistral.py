@@ -2,8 +2,8 @@
 
 from transformers import MistralConfig, MistralForCausalLM
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MLAMistralConfig(MistralConfig):
@@ -13,10 +13,14 @@ class MLAMistralConfig(MistralConfig):
     base_model_tp_plan = None
 
 
-class MLAMistralForCausalLM(MLAStudent, MistralForCausalLM):
+class MLAMistralForCausalLM(MistralForCausalLM):
     """Mistral with multi-head latent attention."""
 
     config_class = MLAMistralConfig
+
+    def __init__(self, config: MLAMistralConfig) -> None:
+        super().__init__(config)
+        install_attention(self)
 
 
 MISTRAL = Family(model_type="mistral", student_config=MLAMistralConfig, student_model=MLAMistralForCausalLM)

@@ -2,8 +2,8 @@
 
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MLAMixtralConfig(MixtralConfig):
@@ -14,10 +14,14 @@ class MLAMixtralConfig(MixtralConfig):
     base_model_ep_plan = None
 
 
-class MLAMixtralForCausalLM(MLAStudent, MixtralForCausalLM):
+class MLAMixtralForCausalLM(MixtralForCausalLM):
     """Mixtral with multi-head latent attention."""
 
     config_class = MLAMixtralConfig
+
+    def __init__(self, config: MLAMixtralConfig) -> None:
+        super().__init__(config)
+        install_attention(self)
 
 
 MIXTRAL = Family(

@@ -2,8 +2,8 @@
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from transmla.families.base import Family
-from transmla.modeling.student import MLAStudent
+from transmla.families.family import Family
+from transmla.modeling.student import install_attention
 
 
 class MLAQwen2Config(Qwen2Config):
@@ -13,10 +13,14 @@ class MLAQwen2Config(Qwen2Config):
     base_model_tp_plan = None
 
 
-class MLAQwen2ForCausalLM(MLAStudent, Qwen2ForCausalLM):
+class MLAQwen2ForCausalLM(Qwen2ForCausalLM):
     """Qwen2 with multi-head latent attention."""
 
     config_class = MLAQwen2Config
+
+    def __init__(self, config: MLAQwen2Config) -> None:
+        super().__init__(config)
+        install_attention(self)
 
 
 QWEN2 = Family(

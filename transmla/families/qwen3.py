@@ -3,9 +3,9 @@
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from transmla.families.base import Family
+from transmla.families.family import Family
 from transmla.families.head_norm import INEXPRESSIBLE, plain_head_norms, read_plain
-from transmla.modeling.student import MLAStudent
+from transmla.modeling.student import install_attention
 
 
 class MLAQwen3Config(Qwen3Config):
@@ -15,11 +15,14 @@ class MLAQwen3Config(Qwen3Config):
     base_model_tp_plan = None
 
 
-class MLAQwen3ForCausalLM(MLAStudent, Qwen3ForCausalLM):
+class MLAQwen3ForCausalLM(Qwen3ForCausalLM):
     """Qwen3 with multi-head latent attention; the norm of the queries is kept, that of the keys is linearised."""
 
     config_class = MLAQwen3Config
-    query_norm = Qwen3RMSNorm
+
+    def __init__(self, config: MLAQwen3Config) -> None:
+        super().__init__(config)
+        install_attention(self, query_norm=Qwen3RMSNorm)
 
 
 QWEN3 = Family(

@@ -1,1 +1,1 @@
-"""Modules that hold weights: the MLA attention, its kernels, the student."""
+"""Multi-head latent attention, its kernels, and the student that has it."""

@@ -8,8 +8,10 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from transmla.modeling.backends import ONE_QUERY, attend, eager_attention, one_query
-from transmla.modeling.window import layer_window
+from transmla.modeling.config_facts import sliding_window_of
+from transmla.modeling.kernels.dispatch import attend
+from transmla.modeling.kernels.eager import eager_attention
+from transmla.modeling.kernels.one_query import ONE_QUERY, one_query
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,7 +36,8 @@ class HeadLinear(nn.Module):
 class MLAAttention(nn.Module):
     """Attention that caches a latent c [R] and one rope key [P] a token.
 
-        c = W_a x          k_h = [W_b,h^K c ; R_s k_rope]          q_h = [q_h,nope ; R_t q_h,rope]          v_h = W_b,h^V c
+        c = W_a x          k_h = [W_b,h^K c ; R_s k_rope]          q_h = [q_h,nope ; R_t q_h,rope]          v_h =
+        W_b,h^V c
 
     Without `mla_latent_norm` the latent has no RMSNorm: the exported model's norm is made linear
     (transmla.export.deepseek). With it, both latents have DeepSeek's own (eps 1e-6), and the normed latent is cached.
@@ -45,8 +48,8 @@ class MLAAttention(nn.Module):
     and a map of each head follows it:  [q_h,nope ; q_h,rope] = M_h norm(W_h^Q x).
 
     Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, attention_dropout, and layer types and sliding window
-    where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, attention_dropout, and layer types and
+    sliding window where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
 
     Args:
         query_norm: class of the queries' norm, made with (d, eps=...), or None.
@@ -72,7 +75,7 @@ class MLAAttention(nn.Module):
         self.q_lora_rank = config.q_lora_rank
         self.attention_dropout = config.attention_dropout or 0.0
         self.softcap = softcap
-        self.sliding_window = layer_window(config, layer_idx)
+        self.sliding_window = sliding_window_of(config, layer_idx)
         self.is_causal = True
         self.num_key_value_groups = 1  # transformers' kernels ask for it
         qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -154,14 +157,15 @@ class MLAAttention(nn.Module):
 
     @property
     def _absorbs(self) -> bool:
-        """Whether a single query may read the cached latent itself: kernels other than these have masks of their own, and a
-        kv_b_proj that adapters wrap, or whose weight accelerate keeps elsewhere, has to be called."""
+        """Whether a single query may read the cached latent itself: kernels other than these have masks of their own,
+        and a kv_b_proj that adapters wrap, or whose weight accelerate keeps elsewhere, has to be called."""
         kernel = self.config._attn_implementation in ("sdpa", "eager", ONE_QUERY)
         plain = type(self.kv_b_proj) is nn.Linear and "_hf_hook" not in vars(self.kv_b_proj)
         return kernel and plain and not self.training and self.softcap is None
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of one query without expanding the cache: kv_b is absorbed into query and output (DeepSeek-V2, 2.1.2).
+        """Attention of one query without expanding the cache: kv_b is absorbed into query and output (DeepSeek-V2,
+        2.1.2).
 
             logits = (W_b^K^T q_nope) . c + q_rope . k_rope          out = W_b^V (sum of a c)
 

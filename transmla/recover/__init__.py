@@ -1,1 +1,1 @@
-"""Recovery: trl trainers that bring the student back to the teacher."""
+"""Training: trl trainers, losses, teachers, checkpoints."""

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from transmla.modeling.student import adapted_layers
-from transmla.recipe_stages import Lora
+from transmla.recipe.stages import Lora
 
 
 def lora_config(section: Lora, student: PreTrainedModel) -> LoraConfig:
@@ -27,7 +27,8 @@ def lora_config(section: Lora, student: PreTrainedModel) -> LoraConfig:
 def merge_adapters(model: PeftModel) -> None:
     """Fold the adapters into the student they are in.
 
-    The sum is formed in float32: in bfloat16 most of a small change would be rounded away layer by layer. It is formed in
+    The sum is formed in float32: in bfloat16 most of a small change would be rounded away layer by layer. It is formed
+        in
     place, so in a copy: the trunk's storage may be the teacher's.
     """
     for parameter in model.parameters():

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from transmla.plan import steps_of
-from transmla.recipe_stages import AnyStage
+from transmla.recipe.budget import steps_of
+from transmla.recipe.stages import AnyStage
 
 # What a recipe need not say.
 DEFAULTS: dict[str, Any] = {

@@ -9,22 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-PARTIAL = ".partial"
-
-
-def fsync(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Force every file below a folder, and the folder, to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)
+from transmla.files import PARTIAL, fsync, fsync_tree
 
 
 class AtomicCheckpoints:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from transmla.modeling.window import final_softcap
+from transmla.data.rows import ROW
+from transmla.modeling.config_facts import final_softcap
+from transmla.recover.collator import kept_of, scored, trunk_inputs
 from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
-from transmla.recover.rows import ROW
-from transmla.recover.teacher_states import TeacherStates
-from transmla.recover.trainer import Objective, RecoveryTrainer, kept_of, scored, trunk_inputs
+from transmla.recover.teachers.kept import TeacherStates
+from transmla.recover.trainer import Objective, RecoveryTrainer
 
 
 class DistillTrainer(RecoveryTrainer):

@@ -1,7 +1,7 @@
 """Divergences between two distributions over the same outcomes: value and slope, row by row.
 
-Everything is written out in log-probabilities [n, V], so that nothing overflows and no autograd graph is kept. The slope
-is the derivative with respect to the student's logits, that is, it sums to zero over a row.
+Everything is written out in log-probabilities [n, V], so that nothing overflows and no autograd graph is kept. The
+slope is the derivative with respect to the student's logits, that is, it sums to zero over a row.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
 
 EMPTY = -50.0  # log-probability of a rest with nothing in it
 
@@ -30,7 +29,9 @@ class Divergence:
 
     def __post_init__(self) -> None:
         if self.kind == "jsd" and not 0.0 < self.beta < 1.0:
-            raise ValueError(f"beta of jsd must be between 0 and 1, got {self.beta}; its ends are forward_kl and reverse_kl")
+            raise ValueError(
+                f"beta of jsd must be between 0 and 1, got {self.beta}; its ends are forward_kl and reverse_kl"
+            )
 
 
 def value_and_slope(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
@@ -57,9 +58,7 @@ def value_and_slope(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> tup
     return value, (1.0 - beta) * q * (student - against[:, None])
 
 
-def value_and_slope_of_kept(
-    log_q: Tensor, ids: Tensor, log_p: Tensor, divergence: Divergence
-) -> tuple[Tensor, Tensor]:
+def value_and_slope_of_kept(log_q: Tensor, ids: Tensor, log_p: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
     """The same where of the teacher only the largest probabilities are known: k outcomes and one for all the rest.
 
     By the data processing inequality this is a lower bound of the whole divergence, and equal to it at k = V.

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from transmla.recover.trainer import Objective, RecoveryTrainer, trunk_inputs
-from transmla.recover.transfer import attention_errors
+from transmla.measure.attention_errors import attention_errors
+from transmla.recover.collator import trunk_inputs
+from transmla.recover.trainer import Objective, RecoveryTrainer
 
 
 class LayerwiseTrainer(RecoveryTrainer):
@@ -39,8 +40,13 @@ class LayerwiseTrainer(RecoveryTrainer):
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """Mean over layers of the summed normalised error."""
         errors = attention_errors(
-            self.teacher, student, trunk_inputs(inputs), self.scales,
-            stream=self.stream, hidden=self.hidden, logits=self.logits,
+            self.teacher,
+            student,
+            trunk_inputs(inputs),
+            self.scales,
+            stream=self.stream,
+            hidden=self.hidden,
+            logits=self.logits,
         )
         return Objective(total=errors.mean(), tokens=self.count_tokens(inputs))
 

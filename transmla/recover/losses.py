@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from transmla.modeling.backends import cap
+from transmla.modeling.kernels.eager import cap
 from transmla.recover.divergence import Divergence, value_and_slope, value_and_slope_of_kept
 
 ELEMENTS = 2**25  # logits of one model that exist at a time: 128 MiB in float32
+
 SLOPES = 2**27  # derivatives kept for one product with the hidden states: 256 MiB in bfloat16
+
 ROWS = 2**13  # rows of the head whose gradient is formed at a time
 
 
@@ -42,7 +44,8 @@ class Kept:
 class Mixture:
     """(1 - cross_entropy) · T² · divergence at temperature T + cross_entropy · cross-entropy of the next token.
 
-    A token whose label is negative has the divergence alone, whole. T² keeps gradients of one size (Hinton et al., arXiv:1503.02531, section 2.1).
+    A token whose label is negative has the divergence alone, whole. T² keeps gradients of one size (Hinton et al.,
+    arXiv:1503.02531, section 2.1).
     """
 
     divergence: Divergence = Divergence()
@@ -129,7 +132,8 @@ def _label(student: Tensor, labels: Tensor, softcap: float | None, products: tor
 
 
 def _mix(value: Tensor, slope: Tensor, log_q: Tensor, labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """A divergence [n] and its slope with a share of cross-entropy where the label is one, from the softmax that is there already."""
+    """A divergence [n] and its slope with a share of cross-entropy where the label is one, from the softmax that is
+    there already."""
     part = share * (labels >= 0).to(value.dtype)
     labels = labels.clamp(min=0)
     other = -log_q.gather(1, labels[:, None])[:, 0]
@@ -138,8 +142,8 @@ def _mix(value: Tensor, slope: Tensor, log_q: Tensor, labels: Tensor, share: flo
 
 
 def _less_at(slope: Tensor, labels: Tensor, amount: Tensor) -> Tensor:
-    """slope [n, V] less `amount` [n] at every row's label [n]. Compiled, a comparison joins the pass that writes the slope, where a
-    scatter would be a pass of its own; on a CPU it is the other way round."""
+    """slope [n, V] less `amount` [n] at every row's label [n]. Compiled, a comparison joins the pass that writes the
+    slope, where a scatter would be a pass of its own; on a CPU it is the other way round."""
     if torch.compiler.is_compiling():
         return slope - amount[:, None] * (torch.arange(slope.shape[1], device=slope.device) == labels[:, None])
     return slope.scatter_add_(1, labels[:, None], -amount[:, None].to(slope.dtype))
@@ -240,8 +244,8 @@ def token_loss(
 
     Args:
         student: hidden states after the last norm, [n, D]. student_head: [V, D].
-        labels: next tokens [n]; needed without a teacher, and where the mixture has cross-entropy. Beside a teacher a negative one
-            leaves the cross-entropy out.
+        labels: next tokens [n]; needed without a teacher, and where the mixture has cross-entropy. Beside a teacher a
+            negative one leaves the cross-entropy out.
         softcap: cap on both models' logits (`final_logit_softcapping`), or None.
         chunk: tokens at a time; None: as many as fit `ELEMENTS` logits.
 
@@ -262,21 +266,3 @@ def token_loss(
         return _TokenLoss.apply(
             student, student_head, teacher, labels if needs_labels else None, mixture, softcap, chunk, products
         )
-
-
-def normalised_error(student: Tensor, teacher: Tensor, scale: float) -> Tensor:
-    """Sum over tokens of |student - teacher|² / scale. student, teacher: [..., D]; scale: E|teacher|²."""
-    return (student.float() - teacher.float()).square().sum() / scale
-
-
-def attention_divergence(student: Tensor, teacher: Tensor, seen: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of attention distributions, mean over heads, in nats: [B, Q].
-
-    Args:
-        student, teacher: logits [B, H, Q, S], whatever their common constants: softmax does not see those.
-        seen: boolean, broadcastable to that, what a query attends to. One that sees nothing, as padding may, has divergence 0.
-    """
-    lowest = torch.finfo(torch.float32).min  # minus infinity would make NaN of a query that sees nothing, and of its gradient
-    log_q, log_p = (logits.float().masked_fill(~seen, lowest).log_softmax(-1) for logits in (student, teacher))
-    gap = torch.where(seen, log_p - log_q, 0.0)
-    return (log_p.exp() * gap).sum(-1).mean(1)

@@ -15,7 +15,7 @@ from trl import DistillationConfig, DistillationTrainer
 
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
-from transmla.recipe_stages import OnPolicy
+from transmla.recipe.stages import OnPolicy
 from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints, last_checkpoint
 
@@ -64,7 +64,11 @@ def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBas
         if "text" in row:
             ids = tokenizer(row["text"], verbose=False)["input_ids"]
             pieces = range(0, len(ids), stage.prompt_tokens + stage.max_new_tokens)
-            found += [piece for start in pieces if len(piece := ids[start : start + stage.prompt_tokens]) == stage.prompt_tokens]
+            found += [
+                piece
+                for start in pieces
+                if len(piece := ids[start : start + stage.prompt_tokens]) == stage.prompt_tokens
+            ]
             continue
         prompt = row["prompt"] if "prompt" in row else _before_the_answer(row["messages"])
         if not prompt:
@@ -77,7 +81,11 @@ def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBas
         if 0 < len(ids) <= stage.prompt_tokens:
             found.append(ids)
     if not found:
-        raise RecipeError(key, f"no prompt can be made with prompt_tokens {stage.prompt_tokens}; raise it for conversations, lower it for text")
+        raise RecipeError(
+            key,
+            f"no prompt can be made with prompt_tokens {stage.prompt_tokens}; raise it for conversations, lower "
+            f"it for text",
+        )
     return found
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
+from transmla.recover.collator import CountingCollator
 
 
 @dataclass
@@ -27,12 +29,22 @@ class Objective:
     tokens: Tensor
 
 
-class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
+class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
     """trl's SFTTrainer with a loss of our own, mostly against a frozen teacher.
 
-    The objective runs inside the student's own `forward` (so that DDP sees it) when that is called with
-    `objective=True`. Its sum is divided by the number of tokens of the global batch, over accumulation steps and
-    processes: the same global batch has the same loss and gradients however it is split.
+    The loss needs hidden states of two models, which no `forward` of transformers returns, and DDP has to see the call
+    whose gradients it reduces. So the student's `forward` is patched, and leads back to the trainer's own objective:
+
+        Trainer.training_step                                     transformers
+          └─ compute_loss(model, inputs)                          this class
+               └─ model(inputs=inputs, objective=True)            DDP's or peft's wrapper, where there is one
+                    └─ student.forward, patched                   install_objective
+                         └─ self.objective(student, inputs)       the subclass: hidden states, teacher, loss
+                              └─ student.model(...)               the plain trunk
+               loss = total / tokens of the global batch
+
+    The sum is divided by the number of tokens of the global batch, over accumulation steps and processes: the same
+    global batch has the same loss and gradients however it is split.
 
     Args:
         model: the student; adapters of `peft_config` are put around it.
@@ -71,9 +83,9 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
         share = 1.0 if ATTENTION in name else self.trunk_learning_rate
         return share * (1.0 if self.sizes is None else self.sizes[name])
 
+    @abstractmethod
     def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
         """The loss of one micro-batch: `inputs` as trl's collator made them."""
-        raise NotImplementedError
 
     def count_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """How many tokens of a collated batch the loss sums over: those whose successor has a label."""
@@ -119,10 +131,11 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer):
 
 @torch.no_grad()
 def weight_sizes(model: nn.Module) -> dict[str, float]:
-    """Root mean square of every matrix by name, rounded to powers of the square root of 2, so that an optimizer has few groups.
+    """Root mean square of every matrix by name, rounded to powers of the square root of 2, so that an optimizer has few
+    groups.
 
-    Vectors (norms, biases) get the matrices' median: a norm's weight may be a hundred times a matrix's entries, and what it does
-    to the activations is done by all of them together.
+    Vectors (norms, biases) get the matrices' median: a norm's weight may be a hundred times a matrix's entries, and
+    what it does to the activations is done by all of them together.
     """
     found = {
         name: 2.0 ** (round(2 * math.log2(max(float(value.float().square().mean().sqrt()), 1e-12))) / 2)
@@ -133,54 +146,17 @@ def weight_sizes(model: nn.Module) -> dict[str, float]:
     return {name: found.get(name, middle) for name, _ in model.named_parameters()}
 
 
-class CountingCollator:
-    """A collator that looks at its batch while that is still on the CPU, so that nothing waits for the device later.
-
-    It adds `kept` [n], the positions that are scored (`kept_positions`), and leaves out an attention mask that masks
-    nothing. Asked of the device, their number and `mask.all()` would each stop the CPU until every kernel is done, and
-    the device would then be idle until the next ones are launched.
-    """
-
-    def __init__(self, collator: Callable[[list], dict[str, Tensor]]) -> None:
-        self.collator = collator
-
-    def __call__(self, rows: list) -> dict[str, Tensor]:
-        batch = dict(self.collator(rows))
-        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
-            del batch["attention_mask"]
-        return batch | {"kept": kept_positions(batch["labels"])}
-
-
-def kept_positions(labels: Tensor) -> Tensor:
-    """Positions whose successor has a label, counted through rows of T - 1. labels: [B, T] -> [n]."""
-    return (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
-
-
-def scored(inputs: dict[str, Tensor]) -> Tensor:
-    """The scored positions of a batch, counted where its collator did not."""
-    return inputs["kept"] if "kept" in inputs else kept_positions(inputs["labels"])
-
-
-def kept_of(values: Tensor, kept: Tensor) -> Tensor:
-    """What stands at the kept positions. values: [B, T - 1, ...] -> [n, ...]."""
-    flat = values.flatten(0, 1)
-    return flat if len(kept) == len(flat) else flat.index_select(0, kept)
-
-
 def install_objective(model: PreTrainedModel, compute: Callable[[nn.Module, dict], Objective]) -> None:
     """Make `model(inputs=..., objective=True)` return the objective; every other call is as before."""
     original = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: object, objective: bool = False, inputs: dict | None = None, **kwargs: object):
+    def forward(
+        self: PreTrainedModel, *args: object, objective: bool = False, inputs: dict | None = None, **kwargs: object
+    ):
         if not objective:
             return original(*args, **kwargs)
         result = compute(self, inputs)
         return {"total": result.total, "tokens": result.tokens}
 
     model.forward = types.MethodType(forward, model)
-
-
-def trunk_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a collated batch that a model's trunk takes."""
-    return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}

@@ -1,0 +1,139 @@
+"""All weights of a student attention from a source attention and its calibration statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transmla.convert.calibration import LayerStatistics
+from transmla.convert.low_rank import joint_key_value, joint_two_moments, low_rank, norm_cost
+from transmla.convert.rope import DecoupledRope, decouple_rope
+from transmla.families.family import SourceAttention
+from transmla.geometry import MLAGeometry
+from transmla.recipe.schema import Convert
+
+RIDGE = (
+    1e-3  # of the mean eigenvalue; little text needs it (2,048 tokens: KL 1.41 in place of 1.99), much does not mind
+)
+
+
+def closed_form_weights(
+    source: SourceAttention,
+    statistics: LayerStatistics,
+    frequencies: Tensor,
+    geometry: MLAGeometry,
+    settings: Convert,
+    *,
+    freqfold: int,
+) -> dict[str, Tensor]:
+    """Solve one layer in float64.
+
+    Exact when nothing is truncated: one key head, every frequency kept, kv_lora_rank at least 2·d, no query rank.
+
+    Args:
+        frequencies: [d/2], the source's rotary frequencies. freqfold: of this layer.
+
+    Returns:
+        State dict of `MLAAttention` (bias entries included; the caller drops those the student does not have).
+    """
+    heads, groups = geometry.num_attention_heads, geometry.num_key_value_heads
+    repeat = heads // groups
+    covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
+    augmented = statistics.augmented()
+    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.keynorm)"
+    key, query = source.key, source.query
+    if source.query_norm is None:
+        query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)
+    else:
+        query_moment = statistics.query_moment
+    value = source.value[..., :-1]
+
+    output = torch.einsum("xhw,xhv->hwv", source.output, source.output)
+
+    rope = decouple_rope(
+        torch.eye(geometry.head_dim, dtype=key.dtype, device=key.device).expand(heads, -1, -1),
+        key,
+        augmented,
+        frequencies,
+        freqfold=freqfold,
+        collapse=geometry.collapse,
+        channels=geometry.qk_rope_head_dim // 2,
+        distance=statistics.distance if settings.mean_rotation else None,
+        mixing=settings.mixing,
+    )
+    # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
+    k_nope = rope.k_nope[..., :-1]
+    moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]
+    value_cost = output.unflatten(0, (groups, repeat)).sum(1)
+
+    def cost_of_keys(importance: Tensor) -> Tensor:
+        each = (importance * source.scaling**2)[:, None, None] * moment
+        return settings.kv_balance * each.unflatten(0, (groups, repeat)).sum(1)
+
+    if settings.weighting == "attention":
+        # A key error counts where it differs between the tokens of one query, z z^T taken off. Half of the weight stays
+        # on all tokens alike: one that is not attended to must not become so.
+        key_moment = damped((statistics.attended - statistics.averaged + covariance) / 2)
+        value_moment = damped(statistics.averaged)
+        key_cost = cost_of_keys(statistics.logit_cost)
+        down, up_key, up_value = joint_two_moments(
+            k_nope, value, key_moment, value_moment, key_cost, value_cost, geometry.kv_lora_rank
+        )
+    else:
+        if settings.weighting == "input":
+            # Output variance that a head's values carry: what one unit of its squared logit error costs.
+            spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)
+            key_cost = cost_of_keys(torch.einsum("hwv,hwv->h", spread, output))
+        else:
+            key_cost = settings.kv_balance * norm_cost(k_nope, statistics.second_moment)
+            value_cost = norm_cost(value, statistics.second_moment)
+        down, up_key, up_value = joint_key_value(
+            k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
+        )
+
+    weights = _queries(source, rope, augmented, geometry)
+    up = torch.cat((up_key.repeat_interleave(repeat, 0), up_value.repeat_interleave(repeat, 0)), dim=1)
+    value_bias = source.value[..., -1].repeat_interleave(repeat, 0)  # [H, d]
+    weights |= {
+        "kv_a_proj_with_mqa.weight": torch.cat((down, rope.k_rope[:, :-1])),
+        "kv_a_proj_with_mqa.bias": torch.cat((down.new_zeros(len(down)), rope.k_rope[:, -1])),
+        "kv_b_proj.weight": up.flatten(0, 1),
+        "kv_b_proj.bias": torch.cat((torch.zeros_like(value_bias), value_bias), dim=1).flatten(),
+        "o_proj.weight": source.output.flatten(1),
+    }
+    if source.output_bias is not None:
+        weights["o_proj.bias"] = source.output_bias
+    return weights
+
+
+def damped(moment: Tensor) -> Tensor:
+    """A second moment [n, n] with `RIDGE` of its mean eigenvalue added: directions that the calibration text hardly has
+    must not be free."""
+    return moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def _queries(
+    source: SourceAttention, rope: DecoupledRope, augmented: Tensor, geometry: MLAGeometry
+) -> dict[str, Tensor]:
+    """Query weights. What decoupling does to queries is linear in the source's d coordinates of a head, one map M_h
+    [nope + P, d] a head: without a norm M_h goes into the projection, with one it stays behind the norm.
+
+    MLA divides logits by sqrt(nope + rope), so the ratio to the source's scale is folded in.
+    """
+    ratio = source.scaling * (geometry.qk_nope_head_dim + geometry.qk_rope_head_dim) ** 0.5
+    mix = torch.cat((rope.q_nope, rope.q_rope), dim=1) * ratio  # [H, nope + P, d]
+    if source.query_norm is not None:
+        return {
+            "q_proj.weight": source.query[..., :-1].flatten(0, 1),
+            "q_proj.bias": source.query[..., -1].flatten(),
+            "q_norm.weight": source.query_norm.parameter,
+            "q_mix.weight": mix,
+        }
+    maps = mix @ source.query  # [H, nope + P, D1]
+    bias = maps[..., -1].flatten()
+    if geometry.q_lora_rank is None:
+        return {"q_proj.weight": maps[..., :-1].flatten(0, 1), "q_proj.bias": bias}
+    keys = torch.cat((rope.k_nope, rope.k_rope.expand(len(rope.k_nope), -1, -1)), dim=1)  # [G, nope + P, D1]
+    cost = torch.einsum("gwx,xy,gvy->gwv", keys, augmented, keys).repeat_interleave(len(maps) // len(keys), 0)
+    down, up = low_rank(maps[..., :-1], augmented[:-1, :-1], cost, geometry.q_lora_rank)
+    return {"q_a_proj.weight": down, "q_b_proj.weight": up.flatten(0, 1), "q_b_proj.bias": bias}

@@ -1,0 +1,131 @@
+"""Rows that a trainer sees: text as token ids, many documents at a time; of wrapped rows the whole ones; their
+numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as compute
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from transmla.data.loading import SYNTHETIC
+from transmla.errors import RecipeError
+
+PARALLEL = "TOKENIZERS_PARALLELISM"
+
+ROW = "row"  # column and batch key: which row of the packed dataset this is
+
+TEACHER_ONLY = (
+    -200
+)  # label of a token that is scored against the teacher alone; not trl's -100, which is not scored at all
+
+
+def token_rows(
+    data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, *, mark_synthetic: bool = False
+) -> Dataset:
+    """Texts as the token ids and labels that trl would make of them, an end token after each; all else as it is.
+
+    trl calls the tokenizer for one text after the other; given many, a fast one uses all cores.
+
+    Args:
+        mark_synthetic: texts of a model's own (column `synthetic`) get the label `TEACHER_ONLY`.
+
+    Raises:
+        RecipeError: synthetic text would have to be marked, and trl has to tokenize.
+    """
+    keys = [key for key in ("eos_token", "chat_template_path", "dataset_kwargs") if getattr(config, key)]
+    if "text" not in data.column_names or keys or tokenizer.eos_token is None:
+        if SYNTHETIC not in data.column_names:
+            return data
+        if mark_synthetic and any(data[SYNTHETIC]):
+            reason = f"trainer.{keys[0]}" if keys else "a tokenizer without an end token"
+            raise RecipeError(
+                "recover.N.cross_entropy",
+                f"synthetic text cannot be left out of it with {reason}; use synthetic_cross_entropy: true, or "
+                f"cross_entropy: 0",
+            )
+        return data.remove_columns(SYNTHETIC)
+    end = tokenizer.eos_token
+    if PARALLEL not in os.environ:
+        os.unsetenv(PARALLEL)  # an earlier `map` on several processes leaves it off where Python does not see it
+
+    def encode(rows: dict[str, list]) -> dict[str, list[list[int]]]:
+        texts = [text if text.endswith(end) else text + end for text in rows["text"]]
+        ids = tokenizer(texts, verbose=False)["input_ids"]
+        own = rows[SYNTHETIC] if mark_synthetic and SYNTHETIC in rows else [False] * len(ids)
+        labels = [[TEACHER_ONLY] * len(row) if by_model else row for row, by_model in zip(ids, own, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+
+    with PartialState().main_process_first():  # the others find it in the cache, as trl has it
+        return data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing train dataset")
+
+
+def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:
+    """Rows of `wrapped` packing, all of one length: the short ones, which every thousand documents leave, joined and
+    cut again.
+
+    A single short row in a batch needs a mask, which costs the kernels that go without, and a compiled layer another
+    graph. What is left in the end, less than a row, is dropped, unless there is nothing else.
+    """
+    if not config.packing or config.packing_strategy != "wrapped":
+        return data
+    lengths = _lengths(data)
+    short, length = (lengths != config.max_length).nonzero()[0], config.max_length
+    if not len(short):
+        return data
+    columns = data.column_names
+    rest = data.select(short)[:]
+    joined = {column: [token for row in rest[column] for token in row] for column in columns}
+    count = len(joined["input_ids"]) // length
+    cut = {
+        column: [tokens[start * length : (start + 1) * length] for start in range(count)]
+        for column, tokens in joined.items()
+    }
+    whole = data.select((lengths == length).nonzero()[0])
+    if not count:
+        return whole if len(whole) else data
+    return concatenate_datasets([whole, Dataset.from_dict(cut, features=whole.features)])
+
+
+def are_whole(data: Dataset, config: SFTConfig) -> bool:
+    """Whether every row has the length that the configuration names."""
+    return bool((_lengths(data) == config.max_length).all())
+
+
+def _lengths(data: Dataset) -> np.ndarray:
+    return compute.list_value_length(data.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]).to_numpy()
+
+
+def attach_rows(data: Dataset) -> Dataset:
+    """Number the rows of a packed dataset in a column `row`."""
+    return data.add_column(ROW, list(range(len(data))))
+
+
+class RowCollator:
+    """A data collator whose batches carry `row`, the numbers of their rows: a list, which stays on the CPU.
+
+    Args:
+        collate: the trainer's own collator.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [example[ROW] for example in examples]
+        batch = self.collate([{name: value for name, value in example.items() if name != ROW} for example in examples])
+        return batch | {ROW: rows}
+
+
+def carry_rows(trainer: SFTTrainer) -> None:
+    """Make the batches of a trainer carry `row`, which `RecordedTeacher.rows` takes. Call it before training."""
+    trainer.train_dataset = attach_rows(trainer.train_dataset)
+    trainer.data_collator = RowCollator(trainer.data_collator)
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns = [*trainer._signature_columns, ROW]  # other columns do not reach the collator

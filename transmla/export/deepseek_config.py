@@ -1,0 +1,54 @@
+"""The configuration of an exported DeepSeek-V3 checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DeepseekV3Config, PretrainedConfig
+
+from transmla.export.dimensions import EPS, export_dimensions
+from transmla.export.expressible import has_latent_norm
+
+
+def deepseek_config(config: PretrainedConfig, layout: str, dtype: torch.dtype) -> DeepseekV3Config:
+    """Configuration that every engine reads in the same way (all layers dense)."""
+    to = export_dimensions(config, layout)
+    biased = config.mla_qkv_bias
+    constant = biased and not has_latent_norm(config)  # one channel of the latent that carries biases
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        moe_intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        initializer_range=config.initializer_range,
+        rms_norm_eps=EPS,
+        use_cache=True,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        tie_word_embeddings=False,
+        rope_parameters=dict(config.rope_parameters),
+        rope_interleave=True,
+        attention_bias=biased,
+        attention_dropout=0.0,
+        q_lora_rank=config.hidden_size + 1 if biased else config.q_lora_rank,
+        kv_lora_rank=to.kv_lora_rank + constant,
+        qk_nope_head_dim=to.qk_nope_head_dim,
+        qk_rope_head_dim=to.qk_rope_head_dim,
+        v_head_dim=to.v_head_dim,
+        first_k_dense_replace=config.num_hidden_layers,
+        n_routed_experts=2,
+        n_shared_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        norm_topk_prob=True,
+        num_nextn_predict_layers=0,
+        dtype=dtype,
+    )

@@ -1,0 +1,162 @@
+"""From the student to a stock `deepseek_v3` checkpoint: names, configuration, the linear latent norm.
+
+Stock engines always apply RMSNorm to the latent c, and some read its eps from `rms_norm_eps`, others hard-code 1e-6.
+Scaling the latent's rows of `kv_a` by s = 2^-30 makes mean(c²) vanish against eps, so RMSNorm(c) = c / sqrt(eps); a
+norm weight of sqrt(eps) / s restores the latent. That needs rms_norm_eps = 1e-6; for a source with another eps the
+whole residual stream is scaled by alpha = sqrt(1e-6 / eps), which every other norm undoes exactly.
+
+A student that has real norms on its latents (`mla_latent_norm`) keeps them: same weights, same eps, no scaling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, template
+from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
+from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
+
+# What writes into the residual stream: scaled where the source's eps is another than the format's.
+RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+
+
+@torch.no_grad()
+def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """State dict of the DeepSeek-V3 model, computed in float64 and stored in `dtype`, on the CPU.
+
+    Exact up to that rounding: logits of the exported model equal the student's.
+
+    Raises:
+        ValueError: the student has a feature that the format cannot express, or weights that `dtype` cannot hold.
+    """
+    config = student.config
+    if (reason := blocking_feature(config) or blocking_dtype(config, dtype)) is not None:
+        raise ValueError(f"export: {reason}")
+    own, to, names = student_dimensions(config), export_dimensions(config, layout), name_map(config)
+    alpha = (EPS / config.rms_norm_eps) ** 0.5
+    out: dict[str, Tensor] = {}
+    attention: dict[int, dict[str, Tensor]] = {}
+    for name, value in student.state_dict().items():
+        pattern, layer = template(name)
+        inside = pattern.removeprefix(LAYER) if layer is not None else ""
+        if layer is not None and pattern.startswith(ATTENTION) and inside not in RESIDUAL_WRITERS:
+            attention.setdefault(layer, {})[pattern.removeprefix(ATTENTION)] = value.double().cpu()
+            continue
+        value = value.detach().cpu()
+        if name == "model.embed_tokens.weight" or inside in RESIDUAL_WRITERS:
+            value = value.double() * alpha
+            if name.endswith("o_proj.weight"):
+                value = _pad_columns(value, config.num_attention_heads, own.v_head_dim, to.v_head_dim)
+        out[names.to_deepseek[pattern].format(layer)] = value.to(dtype)
+    head = (
+        student.get_output_embeddings().weight.detach().cpu()
+    )  # a tied one is no entry of its own, or the embedding's
+    out[names.to_deepseek["lm_head.weight"]] = head.to(dtype)
+    for index, weights in attention.items():
+        if config.mla_qkv_bias:
+            writer = student.model.layers[index].self_attn.o_proj.weight.detach().cpu()
+            bias = alpha * _output_bias(weights, writer, config, own)
+            out[ATTENTION.format(index) + "o_proj.bias"] = bias.to(dtype)
+        for name, value in _attention_state(weights, config, own, to, names).items():
+            out[ATTENTION.format(index) + name] = value.to(dtype)
+    return {name: value.contiguous().clone() for name, value in out.items()}
+
+
+def _pad_columns(weight: Tensor, heads: int, width: int, target: int) -> Tensor:
+    """[D, H*width] -> [D, H*target] with zeros."""
+    blocks = weight.unflatten(1, (heads, width))
+    return torch.nn.functional.pad(blocks, (0, target - width)).flatten(1)
+
+
+def _place(rows: Tensor, own: Dimensions, to: Dimensions) -> Tensor:
+    """Query rows of one layout to the other: [H, nope + P, n] -> [H, nope' + P', n], scale of the logits kept."""
+    heads, _, width = rows.shape
+    out = rows.new_zeros(heads, to.qk_head_dim, width)
+    out[:, : own.qk_nope_head_dim] = rows[:, : own.qk_nope_head_dim]
+    slots = to.qk_nope_head_dim + rope_slots(own.qk_rope_head_dim, to.qk_rope_head_dim)
+    out[:, slots] = rows[:, own.qk_nope_head_dim :]
+    return out * (to.qk_head_dim / own.qk_head_dim) ** 0.5
+
+
+def _output_bias(weights: dict[str, Tensor], writer: Tensor, config: PretrainedConfig, own: Dimensions) -> Tensor:
+    """Bias [D] of the output projection, float64; zero unless the latent has a real norm.
+
+    Behind a real norm no latent channel is constant. The bias of the values still is one of the output, since attention
+    weights sum to one; the bias of the keys adds the same number to every logit of a query and may be dropped.
+    """
+    if not has_latent_norm(config):
+        return torch.zeros(config.hidden_size, dtype=torch.float64)
+    bias = weights["kv_b_proj.bias"].unflatten(0, (config.num_attention_heads, -1))[:, own.qk_nope_head_dim :]
+    return writer.double() @ bias.flatten()
+
+
+def _attention_state(
+    weights: dict[str, Tensor], config: PretrainedConfig, own: Dimensions, to: Dimensions, names: NameMap
+) -> dict[str, Tensor]:
+    """One attention's weights in float64, output projection excepted, by DeepSeek's names."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    biased, normed = config.mla_qkv_bias, has_latent_norm(config)
+    constant = biased and not normed
+    norm = EPS**0.5 / LATENT_SCALE
+    # Padding lowers the mean square that a real norm divides by: R' channels of which R are not zero.
+    stretch = (to.kv_lora_rank / own.kv_lora_rank) ** 0.5
+    scale = stretch if normed else LATENT_SCALE
+    out: dict[str, Tensor] = {}
+
+    latent, rope = weights["kv_a_proj_with_mqa.weight"].split([own.kv_lora_rank, own.qk_rope_head_dim])
+    rank = to.kv_lora_rank + constant
+    down = latent.new_zeros(rank + to.qk_rope_head_dim, hidden)
+    down[: own.kv_lora_rank] = latent * scale
+    slots = rope_slots(own.qk_rope_head_dim, to.qk_rope_head_dim)
+    down[rank + slots] = rope
+    out[names.attention("kv_a_proj_with_mqa.weight")] = down
+    out["kv_a_layernorm.weight"] = latent.new_full((rank,), norm)
+    if normed:
+        out["kv_a_layernorm.weight"][: own.kv_lora_rank] = weights["kv_a_layernorm.weight"] / stretch
+        out["kv_a_layernorm.weight"][own.kv_lora_rank :] = 1.0
+
+    up = weights["kv_b_proj.weight"].unflatten(0, (heads, -1))
+    k_nope, value = up.split([own.qk_nope_head_dim, own.v_head_dim], dim=1)
+    full = up.new_zeros(heads, to.qk_nope_head_dim + to.v_head_dim, rank)
+    full[:, : own.qk_nope_head_dim, : own.kv_lora_rank] = k_nope
+    full[:, to.qk_nope_head_dim : to.qk_nope_head_dim + own.v_head_dim, : own.kv_lora_rank] = value
+
+    if biased:
+        # The format has biases on q_a and kv_a only. One latent channel that holds the constant 1 carries those of
+        # kv_b (not behind a real norm) and, behind a query latent that is the input itself, those of the query.
+        bias = weights["kv_a_proj_with_mqa.bias"]
+        down_bias = bias.new_zeros(rank + to.qk_rope_head_dim)
+        down_bias[: own.kv_lora_rank] = bias[: own.kv_lora_rank] * scale
+        down_bias[rank + slots] = bias[own.kv_lora_rank :]
+        out[names.attention("kv_a_proj_with_mqa.bias")] = down_bias
+    if constant:
+        down_bias[rank - 1] = LATENT_SCALE
+        k_bias, v_bias = (
+            weights["kv_b_proj.bias"].unflatten(0, (heads, -1)).split([own.qk_nope_head_dim, own.v_head_dim], dim=1)
+        )
+        full[:, : own.qk_nope_head_dim, rank - 1] = k_bias
+        full[:, to.qk_nope_head_dim : to.qk_nope_head_dim + own.v_head_dim, rank - 1] = v_bias
+    out[names.attention("kv_b_proj.weight")] = full.flatten(0, 1)
+
+    if config.q_lora_rank is not None:
+        up_query = weights["q_b_proj.weight"]
+        out["q_a_layernorm.weight"] = latent.new_full((config.q_lora_rank,), norm)
+        out["q_a_proj.weight"] = weights["q_a_proj.weight"] * LATENT_SCALE
+        if normed:
+            out["q_a_layernorm.weight"] = weights["q_a_layernorm.weight"]
+            out["q_a_proj.weight"] = weights["q_a_proj.weight"]
+        if biased:
+            up_query = up_query @ weights["q_a_proj.weight"]
+    else:
+        up_query = weights["q_proj.weight"]
+    if biased:
+        query_bias = weights["q_proj.bias" if config.q_lora_rank is None else "q_b_proj.bias"]
+        up_query = torch.cat((up_query, query_bias[:, None]), dim=1)
+        out["q_a_proj.weight"] = torch.cat((torch.eye(hidden), torch.zeros(1, hidden))).double() * LATENT_SCALE
+        out["q_a_proj.bias"] = torch.cat((torch.zeros(hidden), torch.ones(1))).double() * LATENT_SCALE
+        out["q_a_layernorm.weight"] = latent.new_full((hidden + 1,), norm)
+    placed = _place(up_query.unflatten(0, (heads, -1)), own, to).flatten(0, 1)
+    out[names.attention("q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight")] = placed
+    return out

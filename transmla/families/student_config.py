@@ -1,0 +1,81 @@
+"""From a source's configuration and weights to its student's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from transmla.geometry import MLAGeometry
+from transmla.modeling.student import ATTENTION
+
+if TYPE_CHECKING:
+    from transmla.families.family import Family
+
+# Of the source's configuration: what names or loads the source, and what the student has under another meaning.
+DROPPED = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "_name_or_path",
+    "head_dim",
+    "dtype",
+    "num_nextn_predict_layers",
+)
+
+
+def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Family) -> PretrainedConfig:
+    """Configuration of the student: the source's, with MLA's dimensions under DeepSeek's names."""
+    fields = source.to_dict()
+    for name in DROPPED:
+        fields.pop(name, None)
+    if geometry.theta_power != 1.0:
+        fields["rope_parameters"] = _with_theta(fields["rope_parameters"], geometry.theta_power)
+    return family.student_config(
+        **fields,
+        head_dim=geometry.qk_rope_head_dim,
+        qk_nope_head_dim=geometry.qk_nope_head_dim,
+        qk_rope_head_dim=geometry.qk_rope_head_dim,
+        v_head_dim=geometry.v_head_dim,
+        kv_lora_rank=geometry.kv_lora_rank,
+        q_lora_rank=geometry.q_lora_rank,
+        mla_qkv_bias=bool(family.qkv_bias(source)),
+        mla_output_bias=bool(family.output_bias(source)),
+        mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
+        mla_latent_norm=geometry.latent_norm,
+        architectures=[family.student_model.__name__],
+    )
+
+
+def _with_theta(parameters: dict, power: float) -> dict:
+    """Rotary parameters, possibly by layer type, with every rope_theta raised to a power."""
+    found = {
+        name: _with_theta(value, power) if isinstance(value, dict) else value for name, value in parameters.items()
+    }
+    return found | {"rope_theta": found["rope_theta"] ** power} if "rope_theta" in found else found
+
+
+def build_student(
+    source: PreTrainedModel, geometry: MLAGeometry, family: Family, attention: dict[str, Tensor]
+) -> PreTrainedModel:
+    """Assemble a student whose trunk shares the source's storage.
+
+    Args:
+        source: the original model.
+        attention: `model.layers.N.self_attn.*` of the student, any dtype; stored in the source's dtype.
+    """
+    config = student_config(source.config, geometry, family)
+    with init_empty_weights(include_buffers=False):
+        student = family.student_model(config)
+    trunk = {name: value for name, value in source.state_dict().items() if ATTENTION not in name}
+    dtype = source.dtype
+    state = trunk | {name: value.to(source.device, dtype) for name, value in attention.items()}
+    student.load_state_dict(state, assign=True, strict=True)
+    student.tie_weights()
+    student.config._attn_implementation = source.config._attn_implementation
+    student.generation_config = source.generation_config
+    student.config.dtype = dtype
+    return student.to(source.device).eval()

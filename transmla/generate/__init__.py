@@ -1,0 +1,1 @@
+"""Text out: samplers, decoding, prompts, problems, checkers."""

@@ -1,0 +1,1 @@
+"""Numbers of a model: perplexity and KL, attention errors, choices, solved problems, intervals."""

@@ -1,0 +1,1 @@
+"""Softmax attention: one file per kernel, and the choice between them."""

@@ -1,0 +1,1 @@
+"""What will happen: everything that is refused before weights load, memory, disk, and the dry run."""

@@ -1,0 +1,60 @@
+"""Everything that can be refused before weights load, in one place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from transmla.errors import RecipeError
+from transmla.export.formats import Format
+from transmla.geometry import MLAGeometry
+from transmla.hardware import resolve_device, resolve_dtype
+from transmla.plan.conversion_checks import check_conversion
+from transmla.plan.data_checks import check_data
+from transmla.plan.disk import check_disk
+from transmla.plan.evaluation_checks import check_evaluation
+from transmla.plan.stage_checks import check_stages
+from transmla.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that passed every check, and what follows from it."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    geometry: MLAGeometry
+    device: str
+    dtype: torch.dtype
+    output: Path
+    export: Format
+    notice: str | None  # what the user should know about the conversion
+
+
+def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
+    """Check a recipe against the machine, the source's configuration and the data files.
+
+    Args:
+        exports: whether a final checkpoint is to be written.
+
+    Raises:
+        RecipeError: the first thing that would fail later.
+    """
+    device = resolve_device(recipe.device)
+    if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
+        raise RecipeError(
+            "device", "several GPUs are visible to one process; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    dtype = resolve_dtype(recipe.dtype, device)
+    found = check_conversion(recipe, dtype, exports=exports)
+    check_data(recipe, found.config.max_position_embeddings)
+    check_stages(recipe, found.config, device)
+    check_evaluation(recipe)
+    output = Path(recipe.output_dir.replace("{name}", recipe.name))
+    if not recipe.dry_run:
+        check_disk(recipe, found.config, found.geometry, dtype, output)
+    return Prepared(recipe, found.config, found.geometry, device, dtype, output, found.export, found.notice)

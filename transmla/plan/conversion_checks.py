@@ -1,0 +1,56 @@
+"""What can be refused of the source, of `convert` and of `export` before weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from transmla.errors import RecipeError
+from transmla.export.formats import Format, choose_format
+from transmla.families import family_of
+from transmla.families.student_config import student_config
+from transmla.geometry import MLAGeometry, candidates, derive_geometry
+from transmla.recipe.schema import Recipe
+from transmla.sources.config import source_config
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What follows from the source's configuration: dimensions, the format of the export, and what the user should
+    know."""
+
+    config: PretrainedConfig
+    geometry: MLAGeometry
+    export: Format
+    notice: str | None
+
+
+def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Conversion:
+    """Check source, dimensions and export against one another.
+
+    Args:
+        exports: whether a final checkpoint is to be written.
+
+    Raises:
+        RecipeError: the first thing that would fail later.
+    """
+    section = recipe.convert
+    config = source_config(recipe.model)
+    family = family_of(config)
+    geometry = derive_geometry(config, section)
+    if dtype == torch.float16 and recipe.recover:
+        raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
+    if family.head_norms is not None and section.q_lora_rank is not None:
+        raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
+    student = student_config(config, geometry, family)
+    export = choose_format(recipe.export, student, dtype) if exports else Format(student.model_type)
+    for option in candidates(config, section) if exports else []:  # whatever a search chooses must be exportable
+        choose_format(recipe.export, student_config(config, derive_geometry(config, option), family), dtype)
+    calibration = section.calibration
+    if section.searched and calibration.tokens < 2 * calibration.max_length:
+        raise RecipeError(
+            "convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more"
+        )
+    return Conversion(config, geometry, export, family.notice(config))

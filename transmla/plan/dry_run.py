@@ -1,0 +1,104 @@
+"""The text that `dry_run=true` prints: what would be made, how large, where."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PretrainedConfig
+
+from transmla.plan.disk import bytes_on_disk
+from transmla.plan.memory import count_parameters, training_memory
+from transmla.recipe.budget import steps_of
+from transmla.recipe.schema import Convert, Recipe
+from transmla.recipe.stages import AnyStage
+
+if TYPE_CHECKING:
+    from transmla.plan.checks import Prepared
+
+
+def _kept_states(stage: AnyStage, config: PretrainedConfig, dtype: torch.dtype) -> str:
+    """What a kept teacher takes besides; how many rows the data has is not known before it is tokenized."""
+    if not (stage.kind == "distill" and stage.keep_teacher):
+        return ""
+    width = config.hidden_size if isinstance(stage.teacher, str) else 0  # another teacher's is not known here
+    if not width:
+        return ", and the teacher's states of every row of the data"
+    row = int(stage.trainer.get("max_length", 1024)) * width * torch.finfo(dtype).bits // 8
+    return f", and {row / 2**20:.1f} MiB for every row of the data, for the teacher's states"
+
+
+def _searched(section: Convert) -> str:
+    names = ("qk_rope_head_dim", "kv_lora_rank", "collapse", "freqfold", "mean_rotation")
+    free = [name for name in names if getattr(section, name) == "auto"]
+    provisional = [name for name in free if name not in ("freqfold", "mean_rotation")]
+    shown = f"; the {', '.join(provisional)} of this plan are one of the candidates" if provisional else ""
+    return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
+
+
+def _writing(recipe: Recipe) -> list[str]:
+    lines = []
+    for entry in recipe.write:
+        if entry.kind == "traces":
+            source = entry.problems.data or f"reasoning-gym {entry.problems.generator}"
+            count = "all" if entry.limit is None else f"{entry.limit:,}"
+            what = f"{entry.samples} replies to each of {count} problems of {source}, keeps {entry.keep}"
+        else:
+            what = f"{entry.tokens:,} tokens of the teacher's own text"
+        lines.append(
+            f"write        @{entry.name}: {what}; at most {entry.max_new_tokens:,} tokens each, temperature "
+            f"{entry.temperature}"
+        )
+    return lines
+
+
+def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
+    """The text that `dry_run=true` prints."""
+    recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
+    sizes = count_parameters(config, geometry)
+    g = geometry
+    query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
+    lines = [
+        f"recipe       {recipe.name} (seed {recipe.seed})",
+        f"source       {recipe.model.source} ({config.model_type}, {g.num_hidden_layers} layers, hidden "
+        f"{g.hidden_size}, "
+        f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
+        f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
+        f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
+        f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
+        f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
+        f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
+        *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
+        *([f"note         {prepared.notice}"] if prepared.notice else []),
+        "",
+        *_writing(recipe),
+        f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
+        f"{', '.join(map(str, recipe.convert.calibration.data))}",
+    ]
+    for index, stage in enumerate(recipe.recover):
+        trained = sizes.trained(stage)
+        memory = training_memory(stage, sizes, config, dtype) / 2**30
+        lines.append(
+            f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
+            f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
+            f"about {memory:.1f} GiB a device{_kept_states(stage, config, dtype)}"
+        )
+    lines += [
+        f"export       {prepared.export.describe(recipe.export)}",
+        f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
+        f"{recipe.evaluate.max_length:,}",
+        *(
+            f"solve        {entry.name}: {entry.samples} to each problem, at most {entry.max_new_tokens:,} tokens "
+            f"a reply"
+            for entry in recipe.evaluate.solve
+        ),
+        *(f"             questions of {task.label}" for task in recipe.evaluate.tasks),
+        *(f"             required: {requirement.describe()}" for requirement in recipe.evaluate.require),
+        "",
+        f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {prepared.output}",
+        *(
+            f"writes       {prepared.output / name}"
+            for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")
+        ),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Keys that no recipe has, found before Hydra composes one: importing and running Hydra takes longer than all the
+rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from transmla.errors import RecipeError
+from transmla.recipe.schema import Recipe
+from transmla.recipe.stages import STAGES
+from transmla.recipe.trainer_keys import RESERVED_TRAINER_KEYS, suggest, trainer_types
+from transmla.recipe.writing import WRITINGS
+
+KINDS: dict[str, dict[str, Any]] = {"recover": STAGES, "write": WRITINGS}
+HYDRAS_OWN = ("defaults", "hydra")
+LONGEST = 1000  # items of a list that are looked at; the schema looks at all
+
+
+def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
+    """The refusal of a dotted key that its section does not have."""
+    leaf = key.rsplit(".", 1)[-1]
+    return RecipeError(key, f"unknown key{suggest(leaf, known)}; remove it or correct its name")
+
+
+def check_override(key: str) -> None:
+    """Refuse a dotted key of the command line that no recipe has.
+
+    Raises:
+        RecipeError: with the nearest key that there is.
+    """
+    parts = key.split(".")
+    if parts[0] in KINDS and len(parts) > 2 and parts[1].isdigit():
+        _check_stage_key(parts)
+        return
+    section: Any = Recipe
+    for depth, part in enumerate(parts):
+        if not _is_section(section):
+            return
+        if part not in section.model_fields:
+            raise unknown_key(".".join(parts[: depth + 1]), section.model_fields)
+        section = section.model_fields[part].annotation
+
+
+def _check_stage_key(parts: Sequence[str]) -> None:
+    """`recover.N.KEY` and `write.N.KEY`, of whatever kind item N is."""
+    kinds = KINDS[parts[0]].values()
+    known = {name: kind for kind in kinds for name in kind.model_fields}
+    if parts[2] not in known:
+        raise unknown_key(".".join(parts[:3]), known)
+    if parts[0] == "recover" and parts[2] == "trainer" and len(parts) == 4:
+        types = {name: None for kind in kinds for name in trainer_types(kind.trainer_config)}
+        if parts[3] not in types and parts[3] not in RESERVED_TRAINER_KEYS:
+            message = f"trainer.{parts[3]} is not a key of trl's SFTConfig{suggest(parts[3], types)}"
+            raise RecipeError(".".join(parts[:3]), message)
+
+
+def check_file(file: Path) -> None:
+    """Refuse a recipe's file that names a key which no recipe has. What else is wrong with it is said when it is
+    composed.
+
+    Raises:
+        RecipeError: with the nearest key that there is.
+    """
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # composing it says what is wrong
+    if isinstance(tree, dict):
+        _check_tree({key: value for key, value in tree.items() if key not in HYDRAS_OWN}, Recipe, "")
+
+
+def _check_tree(tree: dict[str, Any], section: Any, prefix: str) -> None:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in section.model_fields:
+            raise unknown_key(dotted, section.model_fields)
+        below = section.model_fields[key].annotation
+        if isinstance(value, dict) and _is_section(below):
+            _check_tree(value, below, f"{dotted}.")
+        elif isinstance(value, list) and dotted in KINDS:
+            for index, item in enumerate(value[:LONGEST]):
+                kind = KINDS[dotted].get(item["kind"]) if isinstance(item, dict) and _named(item) else None
+                if kind is not None:
+                    _check_tree(item, kind, f"{dotted}.{index}.")
+
+
+def _named(item: dict[str, Any]) -> bool:
+    return isinstance(item.get("kind"), str)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

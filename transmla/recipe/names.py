@@ -1,0 +1,52 @@
+"""Which recipes there are, and where a named one lies."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from transmla.errors import RecipeError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ZOO = "zoo"  # the folder of recipes that convert a published model and do nothing else
+
+
+def share(folder: str) -> Path:
+    """The directory `recipes` or `data` that ships with the project: beside the package, or inside a wheel."""
+    installed = PACKAGE / "_share" / folder
+    return installed if installed.is_dir() else PACKAGE.parent / folder
+
+
+def recipe_names() -> list[str]:
+    """Names of all shipped recipes, sorted, then those of the model zoo, `zoo/NAME` (`model/` and `_base` are none)."""
+    found = [sorted(share("recipes").glob(pattern)) for pattern in ("*.yaml", f"{ZOO}/*.yaml")]
+    paths = [path.relative_to(share("recipes")) for part in found for path in part if not path.stem.startswith("_")]
+    return [path.as_posix().removesuffix(".yaml") for path in paths]
+
+
+def listed_names() -> str:
+    """The recipes in one line; of the zoo only how many there are."""
+    names = recipe_names()
+    zoo = [name for name in names if name.startswith(f"{ZOO}/")]
+    plain = ", ".join(name for name in names if name not in zoo)
+    return f"{plain}, and {len(zoo)} below {ZOO}/ (transmla {ZOO} --list)"
+
+
+def recipe_file(recipe: str) -> Path:
+    """The file of a shipped recipe, or of a path to a YAML file.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError("recipe", f"no such file: {recipe}; give a path to a YAML file or a shipped name")
+        return path.resolve()
+    known = recipe_names()
+    if recipe not in known:
+        same = [name for name in known if name.rpartition("/")[2] == recipe]  # zoo/ was left out
+        close = same or difflib.get_close_matches(recipe, known, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise RecipeError("recipe", f"unknown recipe {recipe!r}{hint}; there are: {listed_names()}")
+    return share("recipes") / f"{recipe}.yaml"

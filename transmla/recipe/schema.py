@@ -1,0 +1,121 @@
+"""The typed schema of a recipe. Unknown keys are refused, and nothing here loads a model or a dataset.
+
+`transmla.compose.load_recipe` builds a `Recipe` from YAML and overrides; every part of the program
+receives its own section of it, never the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from transmla.recipe.base import Section
+from transmla.recipe.data_lists import DataList
+from transmla.recipe.evaluation import Evaluate
+from transmla.recipe.model_source import ModelSource
+from transmla.recipe.stages import AnyStage
+from transmla.recipe.writing import AnyWriting
+
+
+class Calibration(Section):
+    """Text that the second moments are measured on."""
+
+    data: DataList
+    tokens: PositiveInt = 131_072
+    max_length: PositiveInt = 1024
+    batch_size: PositiveInt = 8
+    sample: Literal["first", "random"] = "first"  # which windows of the text; random: by the recipe's seed
+
+
+# What a method means for the keys that a recipe leaves out; naming one of them is a variant of the method.
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {"mixing": "complex", "mean_rotation": True, "weighting": "attention", "refit": True},
+    "transmla": {"mixing": "real", "mean_rotation": False, "weighting": "norm", "refit": False},
+}
+
+
+class Convert(Section):
+    """Dimensions and method of the conversion (docs/conversion.md).
+
+    `auto` is chosen on a part of the calibration text that the moments were not measured on: first mean rotation, then
+    dimensions and collapse, then freqfold by layer (one for all with `method: transmla`, as published).
+    `cached_values` is what rope head and latent have together where one of them is `auto`.
+    """
+
+    method: Literal["default", "transmla"] = "default"
+    qk_rope_head_dim: PositiveInt | Literal["auto"] = 64
+    kv_lora_rank: PositiveInt | Literal["auto"] = 512
+    cached_values: PositiveInt | None = None
+    q_lora_rank: PositiveInt | None = None
+    freqfold: PositiveInt | Literal["auto"] = "auto"
+    collapse: PositiveInt | Literal["auto", "natural"] = "natural"  # natural: head dimension / qk_rope_head_dim
+    mixing: Literal["complex", "real"] = "complex"  # matrices that mix key heads of one frequency
+    mean_rotation: bool | Literal["auto"] = True  # a lost rotation becomes its mean's phase under attention's distances
+    weighting: Literal["attention", "input", "norm"] = "attention"  # what errors of keys and values are weighed by
+    kv_balance: PositiveFloat = 1.0  # factor on the keys' share of the latent
+    refit: bool = True  # output projections by regression onto the source's attention, layer after layer
+    drift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3  # share of the stream's drift that a refit corrects
+    latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
+    calibration: Calibration
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_method(cls, tree: Any) -> Any:
+        method = tree.get("method", "default") if isinstance(tree, dict) else None
+        return METHODS.get(method, {}) | tree if isinstance(method, str) else tree
+
+    @model_validator(mode="after")
+    def _budget(self) -> Convert:
+        free = [name for name in ("qk_rope_head_dim", "kv_lora_rank") if getattr(self, name) == "auto"]
+        if free and self.cached_values is None:
+            raise ValueError(f"{free[0]} is auto: give cached_values, what rope head and latent have together")
+        if not free and self.cached_values not in (None, self.qk_rope_head_dim + self.kv_lora_rank):
+            raise ValueError(
+                f"cached_values {self.cached_values} is not qk_rope_head_dim + kv_lora_rank; leave it out, or one "
+                f"of them auto"
+            )
+        return self
+
+    @property
+    def searched(self) -> bool:
+        """Whether something is left for the calibration text to choose."""
+        return "auto" in (self.qk_rope_head_dim, self.kv_lora_rank, self.freqfold, self.collapse, self.mean_rotation)
+
+
+class Verify(Section):
+    """The reload check of an export: stock transformers against the recovered student."""
+
+    tolerance: PositiveFloat | None = None  # max |difference of log-probabilities|; None: from the dtype
+    tokens: PositiveInt = 256
+
+
+class Export(Section):
+    """The final checkpoint."""
+
+    # auto: a stock DeepSeek-V3 checkpoint where that can express the model, else the student's own class
+    format: Literal["auto", "deepseek_v3", "student"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the recovered student is stored
+    layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
+    max_shard_size: str = "5GB"
+    verify: Verify = Verify()
+
+
+class Recipe(Section):
+    """A whole run: source, conversion, recovery stages, evaluation, export."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    output_dir: str = "outputs/{name}"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 where the hardware multiplies it fast
+    )
+    threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads a process; auto: the machine's cores, shared out
+    dry_run: bool = False
+    model: ModelSource
+    write: list[AnyWriting] = []  # text that the teacher writes before anything else, `@NAME` in a list of data
+    convert: Convert
+    recover: list[AnyStage] = []
+    evaluate: Evaluate
+    export: Export = Export()

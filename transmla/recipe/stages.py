@@ -1,0 +1,207 @@
+"""The stages of a recipe's `recover` list: what each kind trains, on what, and against which loss.
+
+Part of the schema in `transmla.recipe`; nothing here loads a model or a dataset.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from transmla.recipe.base import Section
+from transmla.recipe.data_lists import DataList
+from transmla.recipe.model_source import ModelSource
+from transmla.recipe.trainer_keys import check_trainer_key
+
+
+class Stage(Section):
+    """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
+
+    data: DataList
+    tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
+    trainer: dict[str, Any] = {}
+    trainer_config: ClassVar[str] = "SFTConfig"
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
+
+
+class Lora(Section):
+    """Low-rank adapters (peft's LoraConfig), merged into the weights when the stage ends."""
+
+    r: PositiveInt = 32
+    alpha: PositiveInt = 64
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: Literal["attention", "all"] = "attention"  # linear layers of the attentions, or those of the MLPs too
+
+
+class TrainerStage(Stage):
+    """What the stages of this project's own trainers have besides.
+
+    compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
+    relative_learning_rate: the learning rate is a share of every weight's size, its root mean square when the stage
+        begins, so that one rate fits models of large and of small weights: AdamW moves a weight by about its learning
+        rate a step.
+    """
+
+    train: Literal["attention", "all", "lora"]
+    compile: bool = False
+    relative_learning_rate: bool = False
+    lora: Lora = Lora()
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> TrainerStage:
+        """A key that does nothing is a mistake, and would make a finished stage again when it changes."""
+        if "lora" in self.model_fields_set and self.train != "lora":
+            raise ValueError("lora is for train: lora; leave one of them out, or set train")
+        if "trunk_learning_rate" in self.model_fields_set and self.train != "all":
+            raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
+        if self.relative_learning_rate and self.train == "lora":
+            raise ValueError("relative_learning_rate is for weights; adapters begin at zero and have no size")
+        return self
+
+
+QUERIES = 128  # of a row whose attention `logits` compares; all of them would be a T×T matrix a head
+
+
+class Layerwise(TrainerStage):
+    """Attention transfer: every student attention towards the output of the teacher's, all layers at once.
+
+    stream: whose residual stream the student's attentions read: the teacher's own, or the student's, where every layer
+        answers for what the ones below it have left wrong.
+    hidden: weight of the error of the residual stream after the layer, beside that of the attention's output.
+    logits: weight of the divergence between the attention distributions, KL(teacher ‖ student) in nats, mean over heads
+        and a sample of the queries.
+    """
+
+    kind: Literal["layerwise"]
+    train: Literal["attention", "lora"] = "attention"
+    stream: Literal["teacher", "student"] = "teacher"
+    hidden: Annotated[float, Field(ge=0.0)] = 0.0
+    logits: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _possible(self) -> Layerwise:
+        if self.logits and self.compile:
+            raise ValueError(
+                "logits are read inside the attentions, where a compiled one cannot be looked into; use compile: false"
+            )
+        if self.trainer.get("gradient_checkpointing") and (self.stream == "student" or self.hidden or self.logits):
+            raise ValueError(
+                "errors taken inside the layers cannot be recomputed; use trainer.gradient_checkpointing: false"
+            )
+        if self.train == "lora" and self.lora.targets == "all" and not self.hidden:
+            raise ValueError(
+                "lora.targets all: adapters of the MLPs learn from the stream after the layer alone; set hidden"
+            )
+        return self
+
+
+class Record(Section):
+    """What `transmla record` keeps of the teacher's next-token distribution.
+
+    dtype: of the log-probabilities. bfloat16 has an eighth of float16's digits in the same bytes: near the end of
+        recovery some rows' gradients are lost in it.
+    folder: where it lies; None: below the output directory. A recording depends on source, text and packing alone, so
+        that several conversions of one source may share it.
+    """
+
+    top_k: PositiveInt = 64
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    folder: str | None = None
+
+
+class Distill(TrainerStage):
+    """Divergence to the teacher's next-token distribution, in part cross-entropy of the text if wanted.
+
+    divergence, beta: as in transmla.recover.divergence. temperature: of both models, in the loss;
+        final_temperature: what it has become, linearly, in the last step.
+    cross_entropy: share of the loss of tokens that no model wrote; synthetic_cross_entropy: of all tokens.
+    trunk_learning_rate: of the weights outside the attentions, as a share of the learning rate; with `train: all`.
+    teacher: `source`, what `transmla record` wrote of it, or another model of the same tokenizer, whose vocabulary may
+        be padded otherwise.
+    keep_teacher: the teacher's final hidden states stay on the device, so that it reads every row once, however often
+        the student does; with `packing_strategy: wrapped`, whose rows are of one length. Of one process: of several,
+        each would meet other rows in every pass, and the teacher reads them all.
+    """
+
+    kind: Literal["distill"]
+    train: Literal["attention", "all", "lora"] = "attention"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    temperature: PositiveFloat = 1.0
+    final_temperature: PositiveFloat | None = None
+    cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    synthetic_cross_entropy: bool = False
+    trunk_learning_rate: PositiveFloat = 1.0
+    teacher: Literal["source", "recorded"] | ModelSource = "source"
+    keep_teacher: bool = False
+    record: Record = Record()
+
+    @model_validator(mode="after")
+    def _recorded_at_one(self) -> Distill:
+        if "beta" in self.model_fields_set and self.divergence != "jsd":
+            raise ValueError("beta is for divergence: jsd")
+        if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
+            raise ValueError(
+                "a recorded teacher has its largest probabilities at temperature 1 only; use temperature: 1"
+            )
+        if self.keep_teacher and self.teacher == "recorded":
+            raise ValueError("a recorded teacher is on disk already; leave keep_teacher out")
+        if self.synthetic_cross_entropy and not self.cross_entropy:
+            raise ValueError(
+                "synthetic_cross_entropy says of which tokens the cross-entropy is; set cross_entropy, or leave it out"
+            )
+        if self.keep_teacher and self.trainer.get("packing_strategy") != "wrapped":
+            raise ValueError("keep_teacher needs rows of one length; use trainer.packing_strategy: wrapped")
+        for key, needed in (("packing", True), ("padding_free", False), ("pad_to_multiple_of", None)):
+            if self.keep_teacher and self.trainer.get(key, needed) != needed:
+                raise ValueError(f"keep_teacher needs rows of one length; leave trainer.{key} out")
+        return self
+
+
+class Sft(TrainerStage):
+    """Cross-entropy of texts, chats or traces, without a teacher."""
+
+    kind: Literal["sft"]
+    train: Literal["attention", "all", "lora"] = "all"
+    trunk_learning_rate: PositiveFloat = 1.0
+
+
+class OnPolicy(Stage):
+    """Divergence from the teacher on the student's own continuations (arXiv:2306.13649), by trl's DistillationTrainer.
+
+    prompts: of the data's conversations, all but the last turn of the assistant; `prompt` columns as they are; of text,
+        the first prompt_tokens of every piece of prompt_tokens + max_new_tokens. Longer prompts are left out.
+    tokens: the budget counts prompt_tokens + max_new_tokens for every continuation, however long it becomes.
+    temperature: of sampling, and of both distributions in the divergence.
+    beta: 1 is KL(student | teacher), 0 is KL(teacher | student), between them the generalised Jensen-Shannon
+        divergence.
+    trainer: keys of trl's DistillationConfig.
+    """
+
+    kind: Literal["on_policy"]
+    train: Literal["attention", "all"] = "attention"
+    prompt_tokens: PositiveInt = 512
+    max_new_tokens: PositiveInt = 512
+    temperature: PositiveFloat = 1.0
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    trainer_config: ClassVar[str] = "DistillationConfig"
+
+
+STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft, "on_policy": OnPolicy}
+
+AnyStage = Annotated[Layerwise | Distill | Sft | OnPolicy, Field(discriminator="kind")]
+
+
+def is_recorded(stage: AnyStage) -> bool:
+    """Whether a stage learns from what `transmla record` kept of its teacher."""
+    return stage.kind == "distill" and stage.teacher == "recorded"
+
+
+def other_teacher(stage: AnyStage) -> ModelSource | None:
+    """A stage's teacher where that is a model of its own, else None."""
+    return stage.teacher if stage.kind == "distill" and isinstance(stage.teacher, ModelSource) else None

@@ -1,0 +1,185 @@
+"""Run one recovery stage of a recipe: build the trainer, resume where it stopped, train."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig
+
+from transmla.data.rows import are_whole, carry_rows, token_rows, whole_rows
+from transmla.errors import RecipeError
+from transmla.modeling.student import share_trunk, train_only
+from transmla.recipe.stages import AnyStage
+from transmla.recover.adapters import lora_config, merge_adapters
+from transmla.recover.arguments import DEFAULTS, common_arguments
+from transmla.recover.checkpoints import last_checkpoint
+from transmla.recover.compiling import compile_layers, plain_layers
+from transmla.recover.distill import DistillTrainer, SFTStageTrainer
+from transmla.recover.divergence import Divergence
+from transmla.recover.layerwise import LayerwiseTrainer
+from transmla.recover.losses import Mixture
+from transmla.recover.teachers.kept import TeacherStates
+from transmla.recover.trainer import RecoveryTrainer, weight_sizes
+
+# Packed rows keep documents apart in attention; long documents are split, not cut off. Packed rows of one micro-batch
+# are one long row to the attention mask.
+PACKED: dict[str, Any] = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
+
+
+class _Progress(TrainerCallback):
+    """Carries the token count over a resume, which trl would start again from zero (it is in every checkpoint's
+    log)."""
+
+    def __init__(self, trainer: RecoveryTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        seen = [line["num_tokens"] for line in state.log_history if "num_tokens" in line]
+        self.trainer._total_train_tokens = int(seen[-1]) if seen else 0
+
+
+def trainer_config(
+    stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+) -> SFTConfig:
+    """trl's own configuration object for a stage."""
+    return SFTConfig(
+        **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
+        **(DEFAULTS | PACKED | stage.trainer),
+    )
+
+
+@contextmanager
+def tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where a trainer made meanwhile writes TensorBoard's files, unless the user's environment says.
+
+    transformers takes the folder from the environment alone, and its default, beside the checkpoints, goes with them.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    chosen = name in os.environ
+    os.environ.setdefault(name, str(folder))
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[name]
+
+
+def build_trainer(
+    stage: AnyStage,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    data: Dataset,
+    *,
+    scales: list[float],
+    reserve: int = 0,
+    key: str = "recover.N",
+) -> RecoveryTrainer:
+    """The trainer of a stage. Trained weights are float32 masters; the trunk is shared while it stays frozen.
+
+    Args:
+        teacher: None where the stage needs none.
+        data: text, messages, or prompt and completion (or token ids, as trl takes them).
+        scales: E|output|² of every attention of the source.
+        reserve: bytes of the device that training needs, which a kept teacher must leave.
+        key: of the stage in the recipe, for errors.
+
+    Raises:
+        RecipeError: a teacher is to be kept that the device has no room for, or text that fills no row.
+    """
+    if stage.train != "all" and teacher is not None:
+        share_trunk(student, teacher)
+    train_only(student, stage.train)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
+    tokenizer = copy.deepcopy(tokenizer)
+    mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
+    common = {"train_dataset": token_rows(data, tokenizer, config, mark_synthetic=mixed), "processing_class": tokenizer}
+    if stage.train == "lora":
+        common["peft_config"] = lora_config(stage.lora, student)
+    if stage.kind == "layerwise":
+        trainer = LayerwiseTrainer(
+            student,
+            config,
+            teacher=teacher,
+            scales=scales,
+            stream=stage.stream,
+            hidden=stage.hidden,
+            logits=stage.logits,
+            **common,
+        )
+    elif stage.kind == "distill":
+        mixture = Mixture(Divergence(stage.divergence, stage.beta), stage.temperature, stage.cross_entropy)
+        trainer = DistillTrainer(
+            student, config, teacher=teacher, mixture=mixture, final_temperature=stage.final_temperature, **common
+        )
+    else:
+        trainer = SFTStageTrainer(student, config, teacher=None, **common)
+    if stage.kind in ("distill", "sft"):
+        trainer.trunk_learning_rate = stage.trunk_learning_rate
+    if stage.relative_learning_rate:
+        trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
+    trainer.train_dataset = whole_rows(trainer.train_dataset, config)
+    if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1:
+        _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
+    if stage.compile:
+        compile_layers(student, teacher, stage.kind)
+        if "dataloader_drop_last" not in stage.trainer:
+            _only_whole_batches(trainer)
+    trainer.add_callback(_Progress(trainer))
+    return trainer
+
+
+def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:
+    data, config, teacher = trainer.train_dataset, trainer.args, trainer.teacher
+    if not are_whole(data, config):
+        raise RecipeError(
+            key, f"the text does not fill one row of {config.max_length} tokens; lower trainer.max_length"
+        )
+    size = (len(data), config.max_length, teacher.config.hidden_size)
+    trainer.states = TeacherStates(*size, dtype=teacher.dtype, device=config.device, reserve=reserve, key=key)
+    carry_rows(trainer)
+
+
+def _only_whole_batches(trainer: RecoveryTrainer) -> None:
+    """Leave out what an epoch has left over, for which every layer would be compiled again, where an epoch has a whole
+    batch."""
+    arguments = trainer.args
+    if len(trainer.train_dataset) >= arguments.per_device_train_batch_size * arguments.world_size:
+        arguments.dataloader_drop_last = True
+
+
+def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
+    """Train, from the last whole checkpoint if there is one.
+
+    The student (`trainer.student`) ends in `dtype` and eval mode, adapters merged.
+
+    Returns:
+        tokens seen and the log: loss, learning rate, tokens a second by step.
+    """
+    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    student = trainer.student
+    del student.forward  # back to the class's own
+    # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
+    for mark in ("_is_accelerate_prepared", "_original_forward"):
+        vars(student).pop(mark, None)
+    plain_layers(student, trainer.teacher)
+    if trainer.peft_config is not None:
+        merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    student.eval()
+    return {"tokens": trainer._total_train_tokens, "log": trainer.state.log_history, "resumed_from": checkpoint}

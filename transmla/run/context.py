@@ -1,0 +1,99 @@
+"""One run of one recipe: what every stage is given."""
+
+from __future__ import annotations
+
+import gc
+import os
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from transmla.generate.problems import ProblemSet, load_problems
+from transmla.hardware import use_cores
+from transmla.plan.checks import Prepared
+from transmla.run.fingerprints import Fingerprints
+from transmla.run.paths import Paths
+from transmla.sources.config import check_facts
+from transmla.sources.fetch import fetch
+from transmla.sources.local_model import load_model
+
+
+class Run:
+    """A prepared recipe with its paths, digests, processes and models; models are loaded when they are asked for.
+
+    A stage is a function of it. Work that one process does is done by the first; the others wait.
+
+    prepared, recipe: what passed every check. paths: where artifacts lie. digests: what they are made from.
+    state: the processes. missed: thresholds that were missed, after `evaluate`.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.recipe = prepared.recipe
+        self.paths = Paths(prepared.output, prepared.recipe)
+        self.digests = Fingerprints(prepared)
+        # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
+        self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        self.missed: list[str] = []
+        set_seed(self.recipe.seed)
+        if prepared.device == "cpu":
+            use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if self.state.num_processes > 1:
+            with self.state.main_process_first():  # one process downloads, the others find it in the cache
+                _ = self.source_folder
+
+    def say(self, text: str) -> None:
+        """Print a line, on the first process."""
+        self.state.print(text, flush=True)
+
+    @property
+    def device(self) -> str:
+        """The device of this process."""
+        return str(self.state.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of weights and products."""
+        return self.prepared.dtype
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the source was made for."""
+        return self.prepared.config.max_position_embeddings
+
+    @cached_property
+    def source_folder(self) -> Path:
+        """The source as a local directory, downloaded or dequantised where need be."""
+        folder = fetch(self.recipe.model)
+        check_facts(self.recipe.model, AutoConfig.from_pretrained(folder))
+        return folder
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The source's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.source_folder)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """The source model, on this process's device."""
+        return load_model(self.source_folder, self.dtype, self.device)
+
+    def release_teacher(self) -> None:
+        """Make room for another model; the next use of `teacher` loads it again."""
+        self.__dict__.pop("teacher", None)
+        gc.collect()
+
+    @cached_property
+    def exams(self) -> dict[str, ProblemSet]:
+        """The problems of `evaluate.solve` by name."""
+        return {
+            entry.name: load_problems(
+                entry.problems, f"evaluate.solve.{index}.problems", skip=entry.skip, limit=entry.limit
+            )
+            for index, entry in enumerate(self.recipe.evaluate.solve)
+        }

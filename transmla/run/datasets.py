@@ -1,0 +1,67 @@
+"""Data of a run: the lists of a recipe with `@NAME` resolved, as rows to train on or as windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datasets import Dataset
+from torch import Tensor
+
+from transmla.data.mixture import load_mixture
+from transmla.data.windows import named_windows
+from transmla.errors import RecipeError
+from transmla.recipe.data_lists import Part, data_names
+from transmla.run.artifacts import is_current
+from transmla.run.context import Run
+
+ROWS, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
+
+
+def resolve(run: Run, data: Sequence[str | Part], key: str) -> list[str | Part]:
+    """A `data` list with every `@NAME` replaced by the definition of what was written.
+
+    Raises:
+        RecipeError: it was not written yet, or under other settings.
+    """
+    found: list[str | Part] = []
+    for entry, name in zip(data, data_names(data), strict=True):
+        name = _definition_of(run, name.removeprefix("@"), key) if name.startswith("@") else name
+        found.append(name if isinstance(entry, str) else entry.model_copy(update={"name": name}))
+    return found
+
+
+def _definition_of(run: Run, name: str, key: str) -> str:
+    folder = run.paths.written(name)
+    if not is_current(folder, run.digests.written(name)):
+        raise RecipeError(key, f"@{name} is not written, or of other settings; run transmla write recipe=... first")
+    return str(folder / DEFINITION)
+
+
+def training_data(run: Run, index: int) -> Dataset:
+    """The data of recovery stage `index`."""
+    key = f"recover.{index}.data"
+    data = resolve(run, run.recipe.recover[index].data, key)
+    return load_mixture(data, key, run.tokenizer, run.recipe.seed)
+
+
+def token_windows_of(
+    run: Run, data: Sequence[str | Part], key: str, *, tokens: int, length: int, seed: int | None = None
+) -> Tensor:
+    """Windows [n, L] of the datasets of a section `key`. seed: of windows at random; None: the first ones."""
+    data = resolve(run, data, f"{key}.data")
+    return named_windows(data, key, run.tokenizer, tokens=tokens, length=length, seed=seed, mixing_seed=run.recipe.seed)
+
+
+def calibration_windows(run: Run) -> Tensor:
+    """Windows of calibration text, [n, L]."""
+    text = run.recipe.convert.calibration
+    seed = run.recipe.seed if text.sample == "random" else None
+    return token_windows_of(
+        run, text.data, "convert.calibration", tokens=text.tokens, length=text.max_length, seed=seed
+    )
+
+
+def evaluation_windows(run: Run, dataset: str) -> Tensor:
+    """Windows of one dataset of `evaluate.data`, [n, L]."""
+    section = run.recipe.evaluate
+    return token_windows_of(run, [dataset], "evaluate", tokens=section.tokens, length=section.max_length)

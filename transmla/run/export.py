@@ -1,0 +1,66 @@
+"""The stages `export` and `verify`: the final checkpoint, and its check in a fresh process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from transmla.errors import RecipeError
+from transmla.export.checkpoint import save_deepseek, save_own_class
+from transmla.export.reload_check import verify_export
+from transmla.run.artifacts import is_current, make
+from transmla.run.context import Run
+from transmla.run.datasets import token_windows_of
+from transmla.sources.local_model import load_model
+
+
+def export(run: Run) -> None:
+    """The final checkpoint, published only when a fresh process agrees with the student."""
+    _require(run.paths.student, run.digests.student, "export")
+
+    def build(scratch: Path, metadata: dict[str, Any]) -> None:
+        chosen = run.prepared.export
+        if not chosen.stock:
+            run.say(f"[export] {chosen.describe(run.recipe.export)}")
+        student = load_model(run.paths.student, run.dtype, "cpu")
+        save = save_deepseek if chosen.stock else save_own_class
+        save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
+        del student  # one model in memory at a time
+        metadata["format"] = chosen.name
+        metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
+
+    make(run, run.paths.exported, run.digests.export, "export", build)
+
+
+def verify(run: Run) -> None:
+    """Check an existing export again."""
+    _require(run.paths.exported, run.digests.export, "verify")
+    if run.state.is_main_process:
+        difference = _check_reload(run, run.paths.exported)
+        run.say(f"[verify] max |difference of log-probabilities| {difference:.2e}")
+    run.state.wait_for_everyone()
+
+
+def export_dtype(run: Run) -> torch.dtype:
+    """Number format of the exported weights."""
+    wanted = run.recipe.export.dtype
+    return run.dtype if wanted == "auto" else getattr(torch, wanted)
+
+
+def _check_reload(run: Run, folder: Path) -> float:
+    """Compare the checkpoint in a fresh process with the student; both multiply in float32."""
+    section, evaluated = run.recipe.export.verify, run.recipe.evaluate
+    length = min(section.tokens, evaluated.max_length)
+    tokens = token_windows_of(run, evaluated.data[:1], "evaluate", tokens=section.tokens, length=length)
+    student = load_model(run.paths.student, torch.float32, "cpu")
+    return verify_export(folder, student, tokens, section, export_dtype(run), stock=run.prepared.export.stock)
+
+
+def _require(folder: Path, digest: str, verb: str) -> None:
+    if not is_current(folder, digest):
+        raise RecipeError(
+            "recipe",
+            f"{verb} needs {folder}, which is missing or of other settings; run recover.py recipe=... first",
+        )

@@ -1,0 +1,231 @@
+"""Artifacts: directories that appear whole or not at all, with a record of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from transmla.data.definition import find_definition
+from transmla.data.loading import local_files
+from transmla.measure.tasks import digests
+from transmla.plan.checks import Prepared
+from transmla.recipe.data_lists import Part, data_names
+from transmla.recipe.model_source import ModelSource
+from transmla.recipe.stages import AnyStage
+from transmla.recipe.writing import Solve, Traces, is_synthetic
+from transmla.sources.kinds import identity
+
+
+def fingerprint(content: Any) -> str:
+    """Digest of settings and inputs: equal content, equal digest."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+FORMAT = 2  # raise it when the same settings would give another result than before
+
+# Keys of a trainer that change what is written or shown, not what is learned.
+COSMETIC = (
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "report_to",
+    "disable_tqdm",
+    "dataset_num_proc",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+)
+
+# Keys of a stage that came later, with what they are where nobody names them: stages made before are still good.
+LATER = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
+
+COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it
+
+# Keys of a trainer that decide which tokens make which row.
+PREPARATION = (
+    "packing",
+    "packing_strategy",
+    "max_length",
+    "shuffle_dataset",
+    "padding_free",
+    "pad_to_multiple_of",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "chat_template_path",
+    "eos_token",
+    "pad_token",
+    "dataset_kwargs",
+)
+
+
+def _rows(stage: AnyStage) -> dict[str, int]:
+    """Marks the stages whose rows or batches are others than they once were: short rows joined, an epoch's rest left
+    out."""
+    changed = stage.trainer.get("packing_strategy") == "wrapped" or getattr(stage, "compile", False)
+    return {"rows": 2} if changed else {}
+
+
+class Fingerprints:
+    """Digests of settings and inputs, each stage's containing the one before.
+
+    The number of processes is no input: a student that eight processes trained is exported by one.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self.recipe = prepared.recipe
+
+    def _data(self, data: Sequence[str | Part], key: str) -> list[Any]:
+        found: list[Any] = []
+        for name in data_names(data):
+            if name.startswith("@"):
+                found.append(self.written(name.removeprefix("@")))
+                continue
+            definition, folder = find_definition(name, key)
+            files = [file.stat() for file in local_files(definition, folder, key)]
+            sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]
+            settings = definition.model_dump(mode="json", exclude={"about", "licence"})
+            if not definition.synthetic:  # a key that came later
+                del settings["synthetic"]
+            found.append([settings, sizes])
+        return found
+
+    def _problems(self, entry: Traces | Solve, key: str) -> list[Any]:
+        """Which problems an entry means."""
+        data = [] if entry.problems.data is None else self._data([entry.problems.data], f"{key}.problems.data")
+        return [entry.problems.model_dump(mode="json"), entry.skip, entry.limit, data]
+
+    def _exams(self) -> list[Any]:
+        exams = self.recipe.evaluate.solve
+        return [self._problems(entry, f"evaluate.solve.{index}") for index, entry in enumerate(exams)]
+
+    def samples(self, name: str) -> str:
+        """Of the samples of an entry of `write`, before any is left out."""
+        index, entry = next(item for item in enumerate(self.recipe.write) if item[1].name == name)
+        if isinstance(entry, Traces):
+            data = self._problems(entry, f"write.{index}")
+        else:
+            data = self._data(entry.prefix_data, f"write.{index}.prefix_data")
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "settings": entry.model_dump(mode="json", exclude={"keep", "format", "tokens", "engine"}),
+                "data": data,
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+                "draws": 2,  # a seed once meant another text
+            }
+        )
+
+    def written(self, name: str) -> str:
+        """Of an entry of `write`. Problems that are evaluated on are left out of it, so they are an input."""
+        entry = next(entry for entry in self.recipe.write if entry.name == name)
+        heldout = self._exams() if isinstance(entry, Traces) else []
+        settings = entry.model_dump(mode="json", include={"keep", "format", "tokens", "engine"})
+        if is_synthetic(entry):
+            settings["synthetic"] = True  # what was written before says nothing of it
+        return fingerprint({"input": self.samples(name), "settings": settings, "heldout": heldout})
+
+    def replies(self, model: str, name: str) -> str:
+        """Of a model's replies to the problems of an entry of `evaluate.solve`."""
+        index, entry = next(item for item in enumerate(self.recipe.evaluate.solve) if item[1].name == name)
+        return fingerprint(
+            {
+                "input": self._model(model),
+                "settings": entry.model_dump(mode="json"),
+                "data": self._problems(entry, f"evaluate.solve.{index}"),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+            }
+        )
+
+    @cached_property
+    def convert(self) -> str:
+        """Of the conversion."""
+        section = self.recipe.convert
+        return fingerprint(
+            {
+                "format": FORMAT,
+                "source": identity(self.recipe.model),
+                "geometry": asdict(self.prepared.geometry),
+                "convert": section.model_dump(mode="json"),
+                "data": self._data(section.calibration.data, "convert.calibration.data"),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+            }
+        )
+
+    def stage(self, index: int) -> str:
+        """Of recovery stage `index`; -1 is the conversion."""
+        if index < 0:
+            return self.convert
+        stage = self.recipe.recover[index]
+        settings = stage.model_dump(mode="json")
+        for key in COSMETIC:
+            settings["trainer"].pop(key, None)
+        settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}
+        settings |= _rows(stage)
+        if stage.kind == "distill":
+            settings["record"].pop("folder")
+            if isinstance(stage.teacher, ModelSource):
+                settings["teacher"] = identity(stage.teacher)  # its files, not only where they are
+        return fingerprint(
+            {
+                "input": self.stage(index - 1),
+                "stage": settings,
+                "data": self._data(stage.data, f"recover.{index}.data"),
+            }
+        )
+
+    def recording(self, index: int) -> str:
+        """Of what stage `index` has recorded of its teacher, as far as can be told without tokenising."""
+        stage = self.recipe.recover[index]
+        return fingerprint(
+            {
+                "source": identity(self.recipe.model),
+                "dtype": str(self.prepared.dtype),
+                "seed": self.recipe.seed,
+                "data": self._data(stage.data, f"recover.{index}.data"),
+                "mixture": stage.model_dump(mode="json")["data"],
+                "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer},
+                "record": stage.record.model_dump(mode="json", exclude={"folder"}),
+            }
+            | _rows(stage)
+        )
+
+    @property
+    def student(self) -> str:
+        """Of the newest student."""
+        return self.stage(len(self.recipe.recover) - 1)
+
+    @property
+    def export(self) -> str:
+        """Of the exported checkpoint."""
+        return fingerprint(
+            {
+                "input": self.student,
+                "export": self.recipe.export.model_dump(mode="json"),
+                "format": self.prepared.export.name,
+            }
+        )
+
+    def _model(self, name: str) -> str:
+        inputs = {"converted": lambda: self.convert, "recovered": lambda: self.student, "exported": lambda: self.export}
+        return fingerprint(identity(self.recipe.model)) if name == "teacher" else inputs[name]()
+
+    def evaluation(self, model: str) -> str:
+        """Of the evaluation of `teacher`, `converted`, `recovered` or `exported`."""
+        section = self.recipe.evaluate
+        return fingerprint(
+            {
+                "input": self._model(model),
+                "evaluate": section.model_dump(mode="json", exclude={"require"}),
+                "tasks": digests(section),
+                "data": self._data(section.data, "evaluate.data"),
+                "dtype": str(self.prepared.dtype),
+            }
+            | ({"solve": [self._exams(), self.recipe.seed]} if section.solve else {})
+        )

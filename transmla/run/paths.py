@@ -1,0 +1,73 @@
+"""Where everything of a run lies below its output directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transmla.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Folders of one recipe's artifacts. root: the output directory."""
+
+    root: Path
+    recipe: Recipe
+
+    def written(self, name: str) -> Path:
+        """Text of an entry of `write`."""
+        return self.root / "written" / name
+
+    def samples(self, name: str) -> Path:
+        """Samples of an entry of `write`, before any is left out."""
+        return self.root / "written" / f"{name}.parts"
+
+    @property
+    def converted(self) -> Path:
+        """The student before training."""
+        return self.root / "converted"
+
+    @property
+    def recovered(self) -> Path:
+        """The student after the last recovery stage."""
+        return self.root / "recovered"
+
+    def stage(self, index: int) -> Path:
+        """The student after recovery stage `index`; the last stage's is `recovered`, -1 is the conversion."""
+        if index < 0:
+            return self.converted
+        last = index == len(self.recipe.recover) - 1
+        return self.recovered if last else self.root / "stages" / f"{index}_{self.recipe.recover[index].kind}"
+
+    @property
+    def student(self) -> Path:
+        """The newest student: recovered, or converted where the recipe has no recovery."""
+        return self.stage(len(self.recipe.recover) - 1)
+
+    def checkpoints(self, index: int) -> Path:
+        """Checkpoints of recovery stage `index`, until it is finished."""
+        return self.root / "checkpoints" / f"{index}_{self.recipe.recover[index].kind}"
+
+    def recording(self, index: int) -> Path:
+        """What `record` keeps of the teacher for recovery stage `index`."""
+        folder = self.recipe.recover[index].record.folder
+        return self.root / "recorded" / str(index) if folder is None else Path(folder)
+
+    @property
+    def exported(self) -> Path:
+        """The final checkpoint."""
+        return self.root / "exported"
+
+    def evaluation(self, model: str) -> Path:
+        """The evaluation of `teacher`, `converted`, `recovered` or `exported`."""
+        return self.root / "evaluation" / model
+
+    def replies(self, model: str, name: str) -> Path:
+        """A model's replies to the problems of an entry of `evaluate.solve`."""
+        return self.root / "evaluation" / f"{model}.parts" / name
+
+    @property
+    def logs(self) -> Path:
+        """TensorBoard's files."""
+        return self.root / "logs"

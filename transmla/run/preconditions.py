@@ -1,0 +1,67 @@
+"""What can be refused once the source's small files are there, before any weight is loaded."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer
+
+from transmla.errors import RecipeError
+from transmla.plan.data_checks import kind_of_data
+from transmla.recipe.budget import rows_of_a_step, steps_of
+from transmla.recipe.stages import is_recorded, other_teacher
+from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
+from transmla.run.artifacts import current
+from transmla.run.context import Run
+from transmla.sources.fetch import fetch
+
+
+def check_before_weights(run: Run) -> None:
+    """Refuse teachers, templates and recordings that would fail in a later stage.
+
+    Raises:
+        RecipeError: the first of them.
+    """
+    _check_teachers(run)
+    _check_templates(run)
+    _check_recordings(run)
+
+
+def _check_teachers(run: Run) -> None:
+    """A teacher must read the source's tokens."""
+    for index, stage in enumerate(run.recipe.recover):
+        other = other_teacher(stage)
+        if other is not None and not current(run, run.paths.stage(index), run.digests.stage(index)):
+            tokenizer = AutoTokenizer.from_pretrained(fetch(other))
+            if tokenizer.get_vocab() != run.tokenizer.get_vocab():
+                raise RecipeError(
+                    f"recover.{index}.teacher",
+                    f"{other.source} has another tokenizer than the source; name one that shares it",
+                )
+
+
+def _check_templates(run: Run) -> None:
+    """Conversations need a chat template."""
+    recipe = run.recipe
+    used = [("convert.calibration.data", recipe.convert.calibration.data), ("evaluate.data", recipe.evaluate.data)]
+    used += [(f"recover.{index}.data", stage.data) for index, stage in enumerate(recipe.recover)]
+    for key, data in used:
+        if run.tokenizer.chat_template is None and kind_of_data(data, key, recipe) == "messages":
+            raise RecipeError(key, "it is of conversations, and the tokenizer has no chat template; use text")
+
+
+def _check_recordings(run: Run) -> None:
+    """A recording must be there, of the same inputs, and long enough."""
+    for index, stage in enumerate(run.recipe.recover):
+        if not is_recorded(stage) or current(run, run.paths.stage(index), run.digests.stage(index)):
+            continue
+        key, folder = f"recover.{index}.record", run.paths.recording(index)
+        recorded = RecordedTeacher(folder, key)
+        check_inputs(folder, recorded.index, key, settings=run.digests.recording(index))
+        have = sum(len(shard["rows"]) for shard in recorded.index["shards"])
+        processes = run.state.num_processes
+        needed = min(steps_of(stage, processes) * rows_of_a_step(stage) * processes, recorded.index["data_rows"])
+        if have < needed:
+            raise RecipeError(
+                key,
+                f"{have:,} rows are recorded, training needs {needed:,}; run transmla record again, with more tokens "
+                "where one step of all processes is longer than the budget",
+            )

@@ -1,0 +1,179 @@
+"""Many samples, batch by batch, on several processes, into append-only files; it may be interrupted at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from transmla.files import fsync
+from transmla.generate.sampler import Sample, Sampler, batch_seed
+from transmla.recipe.writing import Sampling
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a batch is in the files; the tokens that were sampled in it, end tokens included, and the seconds it
+    took."""
+
+    file: Path
+    offset: int
+    tokens: int
+    seconds: float
+
+
+Batches = dict[int, Place]
+
+
+class SampledBatches:
+    """The finished batches: one file per process, one line per batch, synced while the next batch is sampled.
+
+    A batch's samples follow from its number alone, so that another number of processes may go on.
+    """
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        """digest: of what the samples follow from; batches of another one are thrown away by `open`."""
+        self.folder, self.digest = folder, digest
+        self._found: Batches = {}
+        self._read: dict[Path, int] = {}  # bytes of every file that were looked at
+
+    def open(self) -> None:
+        """Make the folder, by one process: clear what is of other settings, cut off a line that a crash left."""
+        marker = self.folder / "fingerprint"
+        if not marker.is_file() or marker.read_text() != self.digest:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            marker.write_text(self.digest)
+        for file in self.folder.glob("*.jsonl"):
+            with file.open("rb+") as content:
+                content.truncate(content.read().rfind(b"\n") + 1)
+
+    def index(self) -> Batches:
+        """The batches that are there; reads only what was added since the last call."""
+        for file in sorted(self.folder.glob("*.jsonl")):
+            offset = self._read.get(file, 0)
+            with file.open("rb") as lines:
+                lines.seek(offset)
+                for line in lines:
+                    row = json.loads(line)
+                    tokens = sum(len(sampled) + finished for sampled, finished in row["samples"])
+                    self._found[row["batch"]] = Place(file, offset, tokens, row["seconds"])
+                    offset += len(line)
+            self._read[file] = offset
+        return self._found
+
+    def samples(self, batch: int) -> list[Sample]:
+        """One batch, in the order of its prompts."""
+        place = self.index()[batch] if batch not in self._found else self._found[batch]
+        with place.file.open("rb") as lines:
+            lines.seek(place.offset)
+            return [Sample(tokens, finished) for tokens, finished in json.loads(lines.readline())["samples"]]
+
+    def seconds(self) -> float:
+        """What all batches took, whichever processes and attempts drew them."""
+        return round(sum(place.seconds for place in self.index().values()), 1)
+
+    def append(self, process: int, batch: int, samples: Sequence[Sample], seconds: float = 0.0) -> None:
+        """Add a batch for good."""
+        file = self.folder / f"{process:03d}.jsonl"
+        new = not file.exists()
+        with file.open("a") as lines:
+            content = [[sample.tokens, sample.finished] for sample in samples]
+            row = {"batch": batch, "seconds": round(seconds, 2), "samples": content}
+            lines.write(json.dumps(row, separators=(",", ":")) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+        if new:
+            fsync(self.folder)
+
+
+def sample_missing(
+    batches: SampledBatches,
+    sampler: Callable[[], Sampler],
+    prompts_of: Callable[[int], list[list[int]]],
+    missing: Callable[[Batches], list[int]],
+    settings: Sampling,
+    *,
+    seed: int,
+    name: str,
+    state: PartialState,
+) -> None:
+    """Sample batches until none is missing; every process calls this and returns when all are done.
+
+    Args:
+        sampler: makes the sampler; called only where a batch is missing.
+        prompts_of: the prompts of a batch.
+        missing: from the batches that are there, the numbers of those to sample next; asked again after each round.
+        seed, name: a batch's own seed follows from them and its number.
+    """
+    if state.is_main_process:
+        batches.open()
+    chosen: Sampler | None = None
+    while True:
+        wanted = [missing(batches.index()) if state.is_main_process else []]
+        broadcast_object_list(wanted)  # also holds the others back until the folder is open
+        if not wanted[0]:
+            return
+        chosen = chosen or sampler()
+        own = wanted[0][state.process_index :: state.num_processes]
+        # While a batch is sampled, the next one's prompts are made and the last one is stored, by one other thread.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            prompts, storing = beside.submit(prompts_of, own[0]) if own else None, None
+            for place, batch in enumerate(tqdm(own, desc=name, unit="batch", disable=not state.is_main_process)):
+                asked = prompts.result()
+                if place + 1 < len(own):
+                    prompts = beside.submit(prompts_of, own[place + 1])
+                started = time.monotonic()
+                samples = chosen(asked, settings, batch_seed(seed, name, batch))
+                taken = time.monotonic() - started
+                if storing is not None:
+                    storing.result()
+                storing = beside.submit(batches.append, state.process_index, batch, samples, taken)
+            if storing is not None:
+                storing.result()
+        state.wait_for_everyone()
+
+
+def all_of(count: int) -> Callable[[Batches], list[int]]:
+    """`missing` of a fixed number of batches."""
+    return lambda there: [batch for batch in range(count) if batch not in there]
+
+
+def until(tokens: int, processes: int) -> Callable[[Batches], list[int]]:
+    """`missing` of sampling that goes on until so many tokens are there.
+
+    Each round has at least one batch per process, and at most twice as many as there are: what is likely to be missing
+    is told from many batches before many are sampled, and of several processes none is left idle in a round.
+    """
+
+    def missing(there: Batches) -> list[int]:
+        if enough(there, tokens) is not None:
+            return []
+        found = sum(place.tokens for place in there.values())
+        likely = (tokens - found) * len(there) // found if found else 0
+        count = max(processes, min(likely, 2 * len(there)) // processes * processes)
+        free = (batch for batch in range(len(there) + count) if batch not in there)
+        return list(islice(free, count))
+
+    return missing
+
+
+def enough(there: Batches, tokens: int) -> int | None:
+    """How many of the first batches have so many tokens together; None: they are too few."""
+    total = batch = 0
+    while total < tokens:
+        if batch not in there:
+            return None
+        total += there[batch].tokens
+        batch += 1
+    return batch

@@ -1,0 +1,163 @@
+"""The stage `write`: text and traces that the teacher writes, for any list of `data`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transmla.errors import RecipeError
+from transmla.generate.problems import load_problems, normal
+from transmla.generate.prompts import ProblemPrompts, TextPrompts
+from transmla.generate.sampler import ModelSampler, Sampler
+from transmla.generate.text_rows import TEXT_COUNTS, TRACE_COUNTS, definition_of, text_rows, trace_rows
+from transmla.generate.vllm_sampler import VllmSampler
+from transmla.recipe.writing import AnyWriting, Sampling, Text, Traces
+from transmla.run.artifacts import current, make
+from transmla.run.context import Run
+from transmla.run.datasets import DEFINITION, ROWS, resolve
+from transmla.run.fingerprints import fingerprint
+from transmla.run.sampled_batches import SampledBatches, all_of, enough, sample_missing, until
+
+
+def write(run: Run) -> None:
+    """Everything that the recipe's `write` names; generation is split over the processes, the first puts it
+    together."""
+    for index, entry in enumerate(run.recipe.write):
+        folder, digest = run.paths.written(entry.name), run.digests.written(entry.name)
+        if current(run, folder, digest):
+            run.say(f"[write {entry.name}] unchanged, skipped")
+        elif isinstance(entry, Traces):
+            _write_traces(run, entry, f"write.{index}", folder, digest)
+        else:
+            _write_text(run, entry, f"write.{index}", folder, digest)
+
+
+def _write_traces(run: Run, entry: Traces, key: str, folder: Path, digest: str) -> None:
+    if entry.format == "messages" and run.tokenizer.chat_template is None:
+        raise RecipeError(
+            f"{key}.format", "messages need a chat template, which the tokenizer lacks; use completion or text"
+        )
+    found = load_problems(entry.problems, f"{key}.problems", skip=entry.skip, limit=entry.limit)
+    asked = ProblemPrompts(found, entry.problems, run.tokenizer, samples=entry.samples, batch_size=entry.batch_size)
+    require_room(run, asked, entry, key)
+    batches = _batches_of(run, entry)
+
+    def before() -> None:
+        run.say(f"[write {entry.name}] {len(asked.prompts):,} replies to {len(found.problems):,} problems")
+        sample_missing(
+            batches,
+            lambda: _sampler(run, entry),
+            asked.prompts_of,
+            all_of(len(asked.plan)),
+            entry,
+            seed=run.recipe.seed,
+            name=entry.name,
+            state=run.state,
+        )
+
+    def build(scratch: Path, metadata: dict[str, Any]) -> None:
+        samples = asked.ordered(batches.samples(batch) for batch in range(len(asked.plan)))
+        counts = dict.fromkeys(TRACE_COUNTS, 0)
+        _save_rows(trace_rows(asked, samples, entry, _heldout(run), counts), entry, scratch)
+        metadata |= _counted(run, counts, entry, batches)
+        if not counts["kept"]:
+            raise RecipeError(
+                f"{key}.keep",
+                f"of {counts['written']} replies {counts['finished']} ended by themselves and "
+                f"{counts['accepted']} were "
+                "accepted, none is left; raise max_new_tokens, or take other problems",
+            )
+
+    make(run, folder, digest, f"write {entry.name}", build, before)
+
+
+def _write_text(run: Run, entry: Text, key: str, folder: Path, digest: str) -> None:
+    resolved = entry.model_copy(update={"prefix_data": resolve(run, entry.prefix_data, f"{key}.prefix_data")})
+    prompts = TextPrompts(resolved, run.tokenizer, seed=run.recipe.seed, key=key)
+    batches = _batches_of(run, entry)
+
+    def before() -> None:
+        run.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
+        sample_missing(
+            batches,
+            lambda: _sampler(run, entry),
+            prompts.prompts_of,
+            until(entry.tokens, run.state.num_processes),
+            entry,
+            seed=run.recipe.seed,
+            name=entry.name,
+            state=run.state,
+        )
+
+    def build(scratch: Path, metadata: dict[str, Any]) -> None:
+        count = enough(batches.index(), entry.tokens)
+        assert count is not None, "they were just sampled"
+        sampled = ((prompts.prompts_of(batch), batches.samples(batch)) for batch in range(count))
+        counts = dict.fromkeys(TEXT_COUNTS, 0)
+        _save_rows(text_rows(prompts, sampled, counts), entry, scratch)
+        metadata |= _counted(run, counts, entry, batches)
+
+    make(run, folder, digest, f"write {entry.name}", build, before)
+
+
+def _save_rows(rows: Iterable[dict[str, Any]], entry: AnyWriting, folder: Path) -> None:
+    """The rows, and beside them the data definition by which stages, and other recipes, read them."""
+    with (folder / ROWS).open("w", encoding="utf-8") as lines:
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (folder / DEFINITION).write_text(yaml.safe_dump(definition_of(entry, ROWS)))
+
+
+def _counted(run: Run, counts: dict[str, int], entry: AnyWriting, batches: SampledBatches) -> dict[str, Any]:
+    written = counts | {"sampling_seconds": batches.seconds()}
+    return {"written": written, "tokens": counts["tokens"], "engine": _engine(run, entry)}
+
+
+def _batches_of(run: Run, entry: AnyWriting) -> SampledBatches:
+    """The samples of an entry as they came. They are kept: another `keep`, `format` or number of tokens costs no
+    generation."""
+    inputs = [run.digests.samples(entry.name), _engine(run, entry)]
+    for name in entry.prefix_data if isinstance(entry, Text) else ():
+        if name.startswith(
+            "@"
+        ):  # the prompts are made of it again when the text is put together: settings are not enough
+            with (run.paths.written(name.removeprefix("@")) / ROWS).open("rb") as file:
+                inputs.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return SampledBatches(run.paths.samples(entry.name), fingerprint(inputs))
+
+
+def _engine(run: Run, entry: AnyWriting) -> str:
+    alone = run.prepared.device == "cuda" and run.state.num_processes == 1
+    return ("vllm" if alone and find_spec("vllm") else "transformers") if entry.engine == "auto" else entry.engine
+
+
+def _sampler(run: Run, entry: AnyWriting) -> Sampler:
+    if _engine(run, entry) == "transformers":
+        return ModelSampler(run.teacher, run.tokenizer)
+    return VllmSampler(run.source_folder, run.tokenizer, run.dtype, run.positions)
+
+
+def require_room(run: Run, asked: ProblemPrompts, settings: Sampling, key: str) -> None:
+    """Refuse replies that would not fit into the model's positions.
+
+    Raises:
+        RecipeError: the longest prompt and max_new_tokens together do not.
+    """
+    longest = max(len(prompt) for prompt in asked.prompts)
+    if longest + settings.max_new_tokens > run.positions:
+        raise RecipeError(
+            f"{key}.max_new_tokens",
+            f"{settings.max_new_tokens} after a prompt of {longest} tokens is above the {run.positions} positions of "
+            "the model; lower it",
+        )
+
+
+def _heldout(run: Run) -> set[str]:
+    """The questions that are evaluated on."""
+    return {normal(problem.question) for found in run.exams.values() for problem in found.problems}

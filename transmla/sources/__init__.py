@@ -1,0 +1,1 @@
+"""Where models come from: hub, directory, GGUF file, package index, random weights."""

@@ -45,12 +45,12 @@ class MLAGeometry:
 
     @property
     def source_cache(self) -> int:
-        """Values the source caches for a token and layer."""
+        """Values the source caches per token and layer."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     @property
     def cache(self) -> int:
-        """Values the student caches for a token and layer."""
+        """Values the student caches per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -94,7 +94,8 @@ def derive_geometry(config: PretrainedConfig, convert: Convert, freqfold: tuple[
 def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None) -> MLAGeometry:
     hidden, heads = config.hidden_size, config.num_attention_heads
     groups, head_dim = config.num_key_value_heads or heads, head_dimension(config)
-    rope = convert.qk_rope_head_dim
+    rope, latent = convert.qk_rope_head_dim, convert.kv_lora_rank
+    assert rope != "auto" and latent != "auto" and convert.collapse != "auto", "`candidates` fills them in"
     if rope % 2:
         raise RecipeError("convert.qk_rope_head_dim", f"{rope} is odd; a rotary channel is a pair, use an even number")
     if rope > head_dim:
@@ -121,9 +122,9 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
             "convert.collapse",
             f"the source scales its frequencies, so only the natural one can be exported; use {natural}",
         )
-    if freqfold is None:
-        freqfold = collapse if convert.freqfold == "auto" else convert.freqfold
-    for fold in (freqfold,) if isinstance(freqfold, int) else freqfold:
+    one_fold = collapse if convert.freqfold == "auto" else convert.freqfold
+    folds = one_fold if freqfold is None else freqfold
+    for fold in (folds,) if isinstance(folds, int) else folds:
         if fold % collapse:
             raise RecipeError(
                 "convert.freqfold", f"{fold} is not divisible by collapse {collapse}; use a multiple of {collapse}"
@@ -133,10 +134,10 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
                 "convert.freqfold", f"{fold} is above the {pairs} frequencies of a head; use a smaller one"
             )
     full = full_rank(config)
-    if convert.kv_lora_rank > full:
+    if latent > full:
         raise RecipeError(
             "convert.kv_lora_rank",
-            f"{convert.kv_lora_rank} is above the rank of the model's keys and values; use at most {full}",
+            f"{latent} is above the rank of the model's keys and values; use at most {full}",
         )
     full_query = min(heads * (head_dim + rope), hidden)
     if convert.q_lora_rank is not None and convert.q_lora_rank > full_query:
@@ -153,9 +154,9 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
         qk_nope_head_dim=head_dim,
         qk_rope_head_dim=rope,
         v_head_dim=head_dim,
-        kv_lora_rank=convert.kv_lora_rank,
+        kv_lora_rank=latent,
         q_lora_rank=convert.q_lora_rank,
-        freqfold=freqfold,
+        freqfold=folds,
         collapse=collapse,
         latent_norm=convert.latent_norm,
     )
@@ -182,14 +183,20 @@ def candidates(config: PretrainedConfig, convert: Convert) -> list[Convert]:
     """
     dim, values = head_dimension(config), convert.cached_values
     rope, latent = convert.qk_rope_head_dim, convert.kv_lora_rank
-    if rope == "auto":
-        smallest = min(8, dim)
-        ropes = [n for n in range(smallest, dim + 1, 2) if dim % n == 0] if latent == "auto" else [values - latent]
-    else:
+    if rope != "auto":
         ropes = [rope]
+    elif latent != "auto":
+        assert values is not None, "a recipe with one of them auto gives their sum"
+        ropes = [values - latent]
+    else:
+        ropes = [n for n in range(min(8, dim), dim + 1, 2) if dim % n == 0]
     found, reason = [], None
     for rope in sorted(ropes, key=lambda n: abs(n - dim // 2)):
-        rank = values - rope if latent == "auto" else latent
+        if latent == "auto":
+            assert values is not None, "a recipe with one of them auto gives their sum"
+            rank = values - rope
+        else:
+            rank = latent
         most = max(1, dim // rope) if rope > 0 else 1
         for collapse in range(most, max(0, most - 3), -1) if convert.collapse == "auto" else [convert.collapse]:
             option = convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": rank, "collapse": collapse})

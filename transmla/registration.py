@@ -74,7 +74,8 @@ class _Finder:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            loader: Any = _Loader(spec.loader)  # the import system asks for its two methods alone, not for the class
+            spec.loader = loader
         return spec
 
 

@@ -127,7 +127,7 @@ def test_a_wrong_export_is_caught(finished: Path, tmp_path, monkeypatch) -> None
 
 
 def test_progress_goes_to_tensorboard(tmp_path) -> None:
-    """The files outlive the stage's checkpoints, and hold loss, learning rate and tokens a second."""
+    """The files outlive the stage's checkpoints, and hold loss, learning rate and tokens per second."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "debug"

@@ -258,4 +258,4 @@ def test_traces_are_checked_and_told_apart(tmp_path) -> None:
         tokenizer.decode(samples[0].tokens),
         tokenizer.decode(samples[4].tokens),
     ]
-    assert kept["prompt"] == asked.texts[:2]
+    assert [row["prompt"] for row in kept] == asked.texts[:2]

@@ -11,7 +11,7 @@ from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import recipe_names
 
 NAMES = [name for name in recipe_names() if name.startswith("zoo/")]
-# Cached values that the source and the student have a token and layer.
+# Cached values that the source and the student have per token and layer.
 CACHE = {
     "zoo/llama2_7b": (8192, 576),
     "zoo/llama3_8b_rope128": (2048, 576),

@@ -11,7 +11,7 @@ from transmla.cli import main
 from transmla.errors import RecipeError
 from transmla.plan.checks import prepare
 from transmla.plan.disk import bytes_on_disk
-from transmla.plan.memory import Sizes, count_parameters, training_memory
+from transmla.plan.memory import Sizes, training_memory
 from transmla.recipe.budget import steps_of
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import recipe_names, share
@@ -243,7 +243,7 @@ def test_what_the_teacher_writes_and_says_counts_on_disk() -> None:
     def bytes_of(*overrides: str) -> int:
         recipe = load_recipe("debug", ["device=cpu", *overrides])
         prepared = prepare(recipe)
-        sizes = count_parameters(prepared.config, prepared.geometry)
+        sizes = prepared.sizes
         return bytes_on_disk(recipe, sizes, prepared.config, prepared.dtype)
 
     plain = bytes_of()

@@ -82,6 +82,7 @@ class AttentionMoments:
         total = received.sum(0)
         self.attended += (x.mT @ (total[:, None] * x)).double()
         if plain_key is not None:
+            assert self.key_cross is not None, "normed_keys asked for it"
             ones = torch.cat((x, x.new_ones(len(x), 1)), dim=1)
             self.key_cross += torch.einsum("t,gtw,tx->gwx", total, plain_key.float(), ones).double()
         self.rows += len(chosen)

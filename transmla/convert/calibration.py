@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments
 from transmla.families import FAMILIES
-from transmla.families.family import HeadNorm
+from transmla.families.family import HeadNorm, SourceModule
 from transmla.modeling.config_facts import sliding_window_of
 from transmla.modeling.kernels.eager import eager_attention
 
@@ -76,7 +76,7 @@ def _augment(second_moment: Tensor, mean: Tensor) -> Tensor:
 class NormedMoments:
     """Moments of queries and keys behind their norms, from the attention's input in float64."""
 
-    def __init__(self, module: nn.Module, norms: tuple[HeadNorm, HeadNorm]) -> None:
+    def __init__(self, module: SourceModule, norms: tuple[HeadNorm, HeadNorm]) -> None:
         self.module = module
         self.query_norm, self.key_norm = norms
         self.query: Tensor | float = 0.0
@@ -102,11 +102,9 @@ class NormedMoments:
 
     def result(self, tokens: int) -> dict[str, Tensor]:
         """The fields of `LayerStatistics`."""
-        return {
-            "query_moment": self.query / tokens,
-            "key_cross": self.cross / tokens,
-            "key_energy": self.energy / tokens,
-        }
+        query, cross, energy = self.query, self.cross, self.energy
+        assert isinstance(query, Tensor) and isinstance(cross, Tensor) and isinstance(energy, Tensor), "nothing added"
+        return {"query_moment": query / tokens, "key_cross": cross / tokens, "key_energy": energy / tokens}
 
 
 class _Accumulator:
@@ -134,6 +132,7 @@ class _Accumulator:
 
     def add_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> None:
         """query: [B, H, T, d]; key, value: [B, G, T, d]."""
+        assert self.input is not None, "an attention's input comes before its queries"
         for row, x in enumerate(self.input):
             plain = None if self.normed is None else self.normed.keys(x.double()).transpose(0, 1)
             self.attention.add(x, query[row], key[row], value[row], plain_key=plain, **options)
@@ -175,7 +174,9 @@ def _observed(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator
     known = weakref.WeakKeyDictionary(accumulators)
     config = model.config
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: object):
+    def attention(
+        module: SourceModule, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         softcap = kwargs.get("softcap")
         window = sliding_window_of(config, module.layer_idx)
         known[module].add_attention(query, key, value, scaling=kwargs["scaling"], softcap=softcap, window=window)

@@ -45,6 +45,7 @@ def closed_form_weights(
     if source.query_norm is None:
         query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)
     else:
+        assert statistics.query_moment is not None, "calibration measures it where queries pass a norm"
         query_moment = statistics.query_moment
     value = source.value[..., :-1]
 

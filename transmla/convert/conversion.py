@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate
 from transmla.convert.closed_form import closed_form_weights
@@ -40,8 +40,9 @@ class Conversion:
     def describe(self) -> dict[str, Any]:
         """What an artifact keeps of it: dimensions, choices, and what linear keys lose."""
         kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
-        if self.statistics[0].key_error is not None:
-            kept["key_regression_error"] = [float(layer.key_error.mean()) for layer in self.statistics]
+        errors = [layer.key_error for layer in self.statistics if layer.key_error is not None]
+        if errors:
+            kept["key_regression_error"] = [float(error.mean()) for error in errors]
         return kept
 
     def notes(self) -> list[str]:
@@ -119,5 +120,5 @@ def assemble_student(
     return build_student(source, geometry, family, attention)
 
 
-def _has_bias(config: object, name: str) -> bool:
+def _has_bias(config: PretrainedConfig, name: str) -> bool:
     return config.mla_output_bias if name == "o_proj.bias" else config.mla_qkv_bias

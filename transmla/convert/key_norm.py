@@ -34,12 +34,14 @@ def fit_keys(source: SourceAttention, statistics: LayerStatistics) -> KeyFit:
 
     Args:
         source: its `key_norm` is there.
-        statistics: with `key_cross` and `key_energy`.
+        statistics: with `key_cross`, `attended_key_cross` and `key_energy`.
     """
-    everywhere, plain_cross, energy = statistics.augmented(), statistics.key_cross, statistics.key_energy
+    norm, everywhere = source.key_norm, statistics.augmented()
+    plain_cross, attended_cross, energy = statistics.key_cross, statistics.attended_key_cross, statistics.key_energy
+    assert norm is not None and plain_cross is not None and attended_cross is not None and energy is not None
     moment = (everywhere + statistics.augmented_attended()) / 2
-    cross = (plain_cross + statistics.attended_key_cross) / 2
-    linear = source.key * source.key_norm.weight[:, None]  # [G, d, D1]
+    cross = (plain_cross + attended_cross) / 2
+    linear = source.key * norm.weight[:, None]  # [G, d, D1]
     scale = (linear * cross).sum((1, 2)) / torch.einsum("gwx,xy,gwy->g", linear, moment, linear).clamp_min(1e-30)
     prior = scale[:, None, None] * linear
     ridge = RIDGE * moment.diagonal().mean()

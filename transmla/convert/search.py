@@ -98,7 +98,7 @@ def search(
             break  # no layer gains any more
     picks = torch.stack(errors).argmin(0).tolist()
     geometry = derive_geometry(source.config, options[0], freqfold=tuple(folds[pick] for pick in picks))
-    lines.append(f"freqfold by layer: {list(geometry.freqfold)}")
+    lines.append(f"freqfold by layer: {[geometry.freqfold_of(layer) for layer in range(len(picks))]}")
     return settings, geometry, lines
 
 

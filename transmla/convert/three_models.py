@@ -49,7 +49,7 @@ def convert_and_compare(
         judge = Judge(source, windows, batch_size)
         quality["original"] = judge(source, "original")
         partial = partial_rope(source.config, done.settings)
-        geometry = replace(done.geometry, kv_lora_rank=partial.kv_lora_rank, q_lora_rank=None, latent_norm=False)
+        geometry = replace(done.geometry, kv_lora_rank=full_rank(source.config), q_lora_rank=None, latent_norm=False)
         student = assemble_student(source, geometry, partial, done.statistics)
         if partial.refit:
             refit_model(source, student, partial, done.fitted_on)

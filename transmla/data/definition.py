@@ -86,6 +86,15 @@ class DataDefinition(Section):
             raise ValueError("join is for text; conversations stay apart")
         return self
 
+    @property
+    def kind(self) -> str:
+        """What the rows are, as trainers take them: `text`, `messages` or `completion`; or `problems`."""
+        if self.messages or "messages" in self.columns:
+            return "messages"
+        if self.template is not None or "text" in self.columns:
+            return "text"
+        return "completion" if "prompt" in self.columns else "problems"
+
 
 def find_definition(name: str, key: str) -> tuple[DataDefinition, Path]:
     """The definition called `name` and the folder its paths are relative to.
@@ -129,8 +138,8 @@ def local_copy(definition: DataDefinition, key: str) -> DataDefinition:
     whole = _pattern(folder.parent, f"{definition.local}.")
     if train and test:
         path, cut = (test if testing else train), None
-    elif train or whole:
-        path, cut = train or whole, "test" if testing else "train"
+    elif either := train or whole:
+        path, cut = either, "test" if testing else "train"
     elif folder.is_dir():
         raise RecipeError(key, f"{folder} has no file train*.jsonl, train*.parquet or train*.txt")
     else:

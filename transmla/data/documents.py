@@ -17,7 +17,7 @@ def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[lis
         plain = [isinstance(content, str) for content in contents]
         # A chat template writes the special tokens itself.
         texts = [
-            content if isinstance(content, str) else tokenizer.apply_chat_template(content, tokenize=False)
+            content if isinstance(content, str) else str(tokenizer.apply_chat_template(content, tokenize=False))
             for content in contents
         ]
         found = {

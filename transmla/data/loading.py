@@ -37,12 +37,15 @@ def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path
     return files
 
 
-def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) -> None:
+def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) -> str:
     """Cheap checks before anything is loaded: the definition, its files, the columns of the first row, not empty.
 
     Args:
         online: ask the hub about a hub dataset (its columns, where it states them).
         problems: problems with answers are wanted, not text.
+
+    Returns:
+        what its rows are: `text`, `messages`, `completion` or `problems`.
     """
     definition, folder = find_definition(name, key)
     if problems and "problem" not in definition.columns:
@@ -61,6 +64,7 @@ def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) 
         if columns is None:
             raise RecipeError(key, f"{file} is empty; name a file that has text")
         _check_columns(definition, columns, str(file), key)
+    return definition.kind
 
 
 def _check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
@@ -119,7 +123,7 @@ def _first_row(file: Path, key: str) -> set[str] | None:
     except json.JSONDecodeError:
         row = None
     if not isinstance(row, dict):
-        raise RecipeError(key, f"{file}: the first line is no JSON object; write one object a line")
+        raise RecipeError(key, f"{file}: the first line is no JSON object; write one object per line")
     return set(row)
 
 

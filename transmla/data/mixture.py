@@ -83,13 +83,14 @@ def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed:
     """
     generator = torch.Generator().manual_seed(seed)
     totals = [sum(sizes) for sizes in lengths]
-    reach = [(total / part.weight, part.repeat) for total, part in zip(totals, parts, strict=True)]
+    weights = [part.weight for part in parts if part.weight is not None]
+    reach = [(total / weight, part.repeat) for total, weight, part in zip(totals, weights, parts, strict=True)]
     once = [tokens for tokens, repeats in reach if not repeats]
     size = min(once) if once else max(tokens for tokens, _ in reach)
     placed: list[tuple[float, int]] = []
     start = 0
-    for part, sizes in zip(parts, lengths, strict=True):
-        target = part.weight * size
+    for part, weight, sizes in zip(parts, weights, lengths, strict=True):
+        target = weight * size
         rows = _choose_rows(sizes, target, part.repeat, generator)
         ends = accumulate(sizes[row] for row in rows)
         placed += [((end - sizes[row] / 2) / target, start + row) for row, end in zip(rows, ends, strict=True)]

@@ -79,6 +79,7 @@ def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:
     short, length = (lengths != config.max_length).nonzero()[0], config.max_length
     if not len(short):
         return data
+    assert length is not None, "packing has a length"
     columns = data.column_names
     rest = data.select(short)[:]
     joined = {column: [token for row in rest[column] for token in row] for column in columns}
@@ -128,4 +129,5 @@ def carry_rows(trainer: SFTTrainer) -> None:
     trainer.train_dataset = attach_rows(trainer.train_dataset)
     trainer.data_collator = RowCollator(trainer.data_collator)
     trainer._set_signature_columns_if_needed()
-    trainer._signature_columns = [*trainer._signature_columns, ROW]  # other columns do not reach the collator
+    internals: Any = trainer  # to transformers' annotations the columns are None
+    internals._signature_columns = [*internals._signature_columns, ROW]  # other columns do not reach the collator

@@ -30,5 +30,6 @@ def save_own_class(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, section: Export, dtype: torch.dtype, folder: Path
 ) -> None:
     """The student's own class: sharded safetensors, configuration, tokenizer. `import transmla` loads it."""
-    student.to(dtype).save_pretrained(folder, max_shard_size=section.max_shard_size)
+    student.to(dtype)  # type: ignore[arg-type]  # transformers' `to` is typed without its self
+    student.save_pretrained(folder, max_shard_size=section.max_shard_size)
     tokenizer.save_pretrained(folder)

@@ -14,7 +14,7 @@ from transmla.export.fresh_process import score_in_fresh_process
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
-# That moves unlikely words most, so the mean is held to a tighter bound: nats a token, 1.5e-4 measured in bfloat16.
+# That moves unlikely words most, so the mean is held to a tighter bound: nats per token, 1.5e-4 measured in bfloat16.
 DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 MAX_KL = 5e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
 from transmla.geometry import rope_types
+
+# The attention module of a source: an nn.Module, whose projections and norms PyTorch types as "a tensor or a module".
+SourceModule: TypeAlias = Any
+
+# A configuration class's plan for a parallelism: the source's plan names projections that MLA does not have. Any,
+# because the families' own classes type it as a dictionary.
+NO_PLAN: Any = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def affine(linear: nn.Linear, heads: int, device: torch.device) -> Tensor:
     return torch.cat([weight, bias[:, None]], dim=1).unflatten(0, (heads, -1))
 
 
-def read_split_projections(attention: nn.Module, config: PretrainedConfig, device: torch.device) -> SourceAttention:
+def read_split_projections(attention: SourceModule, config: PretrainedConfig, device: torch.device) -> SourceAttention:
     """Read an attention that has `q_proj`, `k_proj`, `v_proj`, `o_proj` (Llama and its relatives)."""
     heads, groups = config.num_attention_heads, key_value_heads(config)
     output = attention.o_proj.weight.detach().to(device, torch.float64)
@@ -109,8 +117,8 @@ class Family:
     student_model: type[PreTrainedModel]
     source_config: type[PretrainedConfig] | None = None
     source_model: type[PreTrainedModel] | None = None
-    read_attention: Callable[[nn.Module, PretrainedConfig, torch.device], SourceAttention] = read_split_projections
-    head_norms: Callable[[nn.Module], tuple[HeadNorm, HeadNorm]] | None = None
+    read_attention: Callable[[SourceModule, PretrainedConfig, torch.device], SourceAttention] = read_split_projections
+    head_norms: Callable[[SourceModule], tuple[HeadNorm, HeadNorm]] | None = None
     frequencies: Callable[[PreTrainedModel, int], Tensor] = shared_frequencies
     qkv_bias: Callable[[PretrainedConfig], bool] = lambda config: False
     output_bias: Callable[[PretrainedConfig], bool] = lambda config: False

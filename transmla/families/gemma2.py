@@ -5,7 +5,7 @@ Norms around both blocks, GeGLU and the cap on the final logits belong to the tr
 
 from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -13,7 +13,7 @@ class MLAGemma2Config(Gemma2Config):
     """Gemma 2's configuration with MLA's dimensions."""
 
     model_type = "mla_gemma2"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAGemma2ForCausalLM(Gemma2ForCausalLM):

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.families.gemma2 import refuse_bidirectional
 from transmla.families.head_norm import centred_head_norms, read_centred
 from transmla.modeling.student import install_attention
@@ -16,7 +16,7 @@ class MLAGemma3TextConfig(Gemma3TextConfig):
     """Gemma 3's text configuration with MLA's dimensions."""
 
     model_type = "mla_gemma3_text"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAGemma3ForCausalLM(Gemma3ForCausalLM):

@@ -2,7 +2,7 @@
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -10,7 +10,7 @@ class MLALlamaConfig(LlamaConfig):
     """Llama's configuration with MLA's dimensions."""
 
     model_type = "mla_llama"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLALlamaForCausalLM(LlamaForCausalLM):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -28,7 +28,7 @@ class MLAMiMoConfig(Qwen2Config):
     """MiMo's configuration with MLA's dimensions."""
 
     model_type = "mla_mimo"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAMiMoForCausalLM(Qwen2ForCausalLM):

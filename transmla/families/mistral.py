@@ -2,7 +2,7 @@
 
 from transformers import MistralConfig, MistralForCausalLM
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -10,7 +10,7 @@ class MLAMistralConfig(MistralConfig):
     """Mistral's configuration with MLA's dimensions."""
 
     model_type = "mla_mistral"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAMistralForCausalLM(MistralForCausalLM):

@@ -2,7 +2,7 @@
 
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -10,8 +10,8 @@ class MLAMixtralConfig(MixtralConfig):
     """Mixtral's configuration with MLA's dimensions."""
 
     model_type = "mla_mixtral"
-    base_model_tp_plan = None
-    base_model_ep_plan = None
+    base_model_tp_plan = NO_PLAN
+    base_model_ep_plan = NO_PLAN
 
 
 class MLAMixtralForCausalLM(MixtralForCausalLM):

@@ -2,7 +2,7 @@
 
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.modeling.student import install_attention
 
 
@@ -10,7 +10,7 @@ class MLAQwen2Config(Qwen2Config):
     """Qwen2's configuration with MLA's dimensions."""
 
     model_type = "mla_qwen2"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAQwen2ForCausalLM(Qwen2ForCausalLM):

@@ -3,7 +3,7 @@
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from transmla.families.family import Family
+from transmla.families.family import NO_PLAN, Family
 from transmla.families.head_norm import INEXPRESSIBLE, plain_head_norms, read_plain
 from transmla.modeling.student import install_attention
 
@@ -12,7 +12,7 @@ class MLAQwen3Config(Qwen3Config):
     """Qwen3's configuration with MLA's dimensions."""
 
     model_type = "mla_qwen3"
-    base_model_tp_plan = None
+    base_model_tp_plan = NO_PLAN
 
 
 class MLAQwen3ForCausalLM(Qwen3ForCausalLM):

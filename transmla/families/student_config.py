@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import init_empty_weights
 from torch import Tensor
@@ -34,7 +34,8 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         fields.pop(name, None)
     if geometry.theta_power != 1.0:
         fields["rope_parameters"] = _with_theta(fields["rope_parameters"], geometry.theta_power)
-    return family.student_config(
+    make: Any = family.student_config  # keeps MLA's dimensions, as it keeps every key; none of them is declared
+    return make(
         **fields,
         head_dim=geometry.qk_rope_head_dim,
         qk_nope_head_dim=geometry.qk_nope_head_dim,
@@ -50,9 +51,9 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
     )
 
 
-def _with_theta(parameters: dict, power: float) -> dict:
+def _with_theta(parameters: dict[str, Any], power: float) -> dict[str, Any]:
     """Rotary parameters, possibly by layer type, with every rope_theta raised to a power."""
-    found = {
+    found: dict[str, Any] = {
         name: _with_theta(value, power) if isinstance(value, dict) else value for name, value in parameters.items()
     }
     return found | {"rope_theta": found["rope_theta"] ** power} if "rope_theta" in found else found
@@ -78,4 +79,4 @@ def build_student(
     student.config._attn_implementation = source.config._attn_implementation
     student.generation_config = source.generation_config
     student.config.dtype = dtype
-    return student.to(source.device).eval()
+    return student.to(source.device).eval()  # type: ignore[arg-type]  # transformers' `to` is typed without its self

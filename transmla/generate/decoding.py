@@ -126,6 +126,7 @@ class Decoder:
     def _keep(self, left: Tensor, columns: int) -> None:
         self.graph = None  # it replays the old sizes
         rows = None if len(left) == len(self.done) else left
+        assert self.buffers is not None, "`_start` makes them"
         self.buffers.rearrange(rows, columns)
         if rows is not None:
             self.mask, self.tokens, self.positions = self.mask[rows], self.tokens[rows], self.positions[rows]
@@ -144,6 +145,7 @@ class Decoder:
             if self.graph is None:
                 count -= self._capture(count)
             for _ in range(count):
+                assert self.graph is not None, "captured where more than one step is asked for"
                 self.graph.replay()
             torch.cuda.synchronize()  # before a graph goes, and its memory with it
 
@@ -164,6 +166,7 @@ class Decoder:
 
     def _step(self) -> None:
         """One token for every row; all that changes, changes in place."""
+        assert self.buffers is not None, "`_start` makes them"
         self.mask.index_fill_(3, self.buffers.column, 0.0)
         logits = self.model(
             input_ids=self.tokens,

@@ -125,7 +125,7 @@ def prompt_text(problem: Problem, section: Problems, tokenizer: PreTrainedTokeni
         start = tokenizer.bos_token if _adds_start(tokenizer) else ""
         text = start + "".join(f"{message['content']}\n\n" for message in messages)
     else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         if begun.strip() and text.rstrip().endswith(begun.strip()):  # R1's template begins the reasoning itself
             return text, ""
     return text + begun, begun

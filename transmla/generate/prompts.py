@@ -52,8 +52,7 @@ class ProblemPrompts:
 
     def reply(self, index: int, sample: Sample) -> str:
         """The text of a sample, with what the prompt began it with."""
-        text = self.tokenizer.decode(sample.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return self.begun[index // self.samples] + text
+        return self.begun[index // self.samples] + _decoded(sample.tokens, self.tokenizer)
 
     def accepted(self, index: int, sample: Sample) -> bool:
         """Whether a sample ended by itself and its answer is right."""
@@ -157,4 +156,9 @@ def decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[s
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is not None:
         return fast.decode_batch(rows, skip_special_tokens=False)
-    return [tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) for row in rows]
+    return [_decoded(row, tokenizer) for row in rows]
+
+
+def _decoded(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The exact text of one token list."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

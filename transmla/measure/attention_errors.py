@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class _Errors:
 
 def attention_errors(
     teacher: PreTrainedModel,
-    student: nn.Module,
+    student: PreTrainedModel,
     batch: dict[str, Tensor],
     scales: list[float],
     *,
@@ -90,7 +90,8 @@ def attention_errors(
         logits: weight of the divergence of the student's attention distributions from the teacher's, in nats, mean over
             heads and a sample of the queries.
     """
-    with tapped(teacher, student) if logits else nullcontext({}) as taps:
+    tapping: AbstractContextManager[dict[nn.Module, Tap]] = tapped(teacher, student) if logits else nullcontext({})
+    with tapping as taps:
         errors = _Errors(batch, scales, logits, taps)
         if stream == "student":
             _own_stream(teacher, student, batch, errors, hidden)
@@ -101,7 +102,7 @@ def attention_errors(
     return errors.stack()
 
 
-def _rotation(student: nn.Module, batch: dict[str, Tensor]) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _rotation(student: PreTrainedModel, batch: dict[str, Tensor]) -> Callable[[int], tuple[Tensor, Tensor]]:
     ids, positions = batch["input_ids"], batch.get("position_ids")
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -127,7 +128,8 @@ def _attentions_on_the_teachers_stream(teacher, student, batch, errors: _Errors)
 
 
 def _layers_on_the_teachers_stream(teacher, student, batch, errors: _Errors, hidden: float) -> None:
-    rotation, grad, outputs = _rotation(student, batch), torch.is_grad_enabled(), {}
+    rotation, grad = _rotation(student, batch), torch.is_grad_enabled()
+    outputs: dict[int, Tensor] = {}
 
     def transfer(index: int, args: tuple, kwargs: dict, expected: Tensor) -> None:
         with torch.set_grad_enabled(grad):

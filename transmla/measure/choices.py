@@ -42,8 +42,8 @@ def encode_pairs(
     stripped = [context.rstrip() for context, _ in pairs]
     after = [context[len(bare) :] + continuation for bare, (context, continuation) in zip(stripped, pairs, strict=True)]
     # Many texts at a time: a fast tokenizer uses all cores.
-    contexts = dict.fromkeys(bare for bare in stripped if bare)
-    contexts = dict(zip(contexts, _ids(tokenizer, list(contexts)), strict=True))
+    unlike = list(dict.fromkeys(bare for bare in stripped if bare))
+    contexts = dict(zip(unlike, _ids(tokenizer, unlike), strict=True))
     wholes = _ids(tokenizer, [bare + rest for bare, rest in zip(stripped, after, strict=True)])
     found = []
     for bare, rest, whole in zip(stripped, after, wholes, strict=True):
@@ -120,7 +120,9 @@ def _read(model: PreTrainedModel, batch: list[Row]) -> tuple[Tensor, Tensor, Ten
     Rows are padded on the right, where a causal model's earlier positions cannot see, so that no mask is needed.
     """
     tokens = torch.zeros(len(batch), len(batch[0].tokens), dtype=torch.long)
-    where, target, pair = [], [], []
+    where: list[int] = []
+    target: list[int] = []
+    pair: list[int] = []
     for number, row in enumerate(batch):
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
         for index, after in row.targets:

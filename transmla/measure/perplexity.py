@@ -26,7 +26,7 @@ CHUNK = 1024  # tokens whose logits exist at a time
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over all predicted tokens. perplexity: exp of the mean negative log-likelihood. kl: nats a token.
+    """Means over all predicted tokens. perplexity: exp of the mean negative log-likelihood. kl: nats per token.
     top1: share of tokens where student and teacher agree on the likeliest word.
 
     kl_se, kl_interval, perplexity_interval: standard error and 95 % intervals, with windows as units, because tokens of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,10 +13,12 @@ from transformers import Cache, DynamicCache
 class Buffers(Cache):
     """Keys and values [B, G, S, E] of which `column` [1], on the device, is the next to be written."""
 
+    layers: list[Any]  # each a filled DynamicLayer; transformers' type allows for layers without keys
+
     def __init__(self, filled: DynamicCache, length: int) -> None:
         """Those of `filled`, which are taken out of it, with room for `length` columns."""
         super().__init__(layers=filled.layers)
-        self.column = torch.full((1,), filled.layers[0].keys.shape[2], device=filled.layers[0].keys.device)
+        self.column = torch.full((1,), self.layers[0].keys.shape[2], device=self.layers[0].keys.device)
         self.rearrange(None, length)
 
     @property
@@ -32,14 +36,17 @@ class Buffers(Cache):
     def refill(self, filled: DynamicCache) -> None:
         """Start again in place from another cache, which is used up. Later columns become zero: a mask hides all but
         NaN."""
-        self.column.fill_(filled.layers[0].keys.shape[2])
-        for layer, new in zip(self.layers, filled.layers, strict=True):
+        filled_layers: list[Any] = [*filled.layers]
+        self.column.fill_(filled_layers[0].keys.shape[2])
+        for layer, new in zip(self.layers, filled_layers, strict=True):
             for old, states in ((layer.keys, new.keys), (layer.values, new.values)):
                 old[:, :, : states.shape[2]] = states
                 old[:, :, states.shape[2] :] = 0
             new.keys = new.values = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write one column; the whole buffers are returned, the mask hides what is not written yet."""
         layer = self.layers[layer_idx]
         layer.keys.index_copy_(2, self.column, key_states)

@@ -17,6 +17,7 @@ from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.data_checks import check_data
 from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
+from transmla.plan.memory import Sizes, count_parameters
 from transmla.plan.stage_checks import check_stages
 from transmla.recipe.schema import Recipe
 
@@ -28,11 +29,13 @@ class Prepared:
     recipe: Recipe
     config: PretrainedConfig
     geometry: MLAGeometry
+    sizes: Sizes
     device: str
     dtype: torch.dtype
     output: Path
     export: Format
     notice: str | None  # what the user should know about the conversion
+    kinds: dict[str, str]  # what the rows of each `data` list are, by key: text, messages or completion
 
 
 def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
@@ -51,10 +54,22 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
         )
     dtype = resolve_dtype(recipe.dtype, device)
     found = check_conversion(recipe, dtype, exports=exports)
-    check_data(recipe, found.config.max_position_embeddings)
+    sizes = count_parameters(found.config, found.student)
+    kinds = check_data(recipe, found.config.max_position_embeddings)
     check_stages(recipe, found.config, device)
     check_evaluation(recipe)
     output = Path(recipe.output_dir.replace("{name}", recipe.name))
     if not recipe.dry_run:
-        check_disk(recipe, found.config, found.geometry, dtype, output)
-    return Prepared(recipe, found.config, found.geometry, device, dtype, output, found.export, found.notice)
+        check_disk(recipe, sizes, found.config, dtype, output)
+    return Prepared(
+        recipe=recipe,
+        config=found.config,
+        geometry=found.geometry,
+        sizes=sizes,
+        device=device,
+        dtype=dtype,
+        output=output,
+        export=found.export,
+        notice=found.notice,
+        kinds=kinds,
+    )

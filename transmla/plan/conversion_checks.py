@@ -17,17 +17,21 @@ from transmla.sources.config import source_config
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What follows from the source's configuration: dimensions, the format of the export, and what the user should
-    know."""
+class ConversionPlan:
+    """What follows from the source's configuration.
+
+    student: its configuration. geometry: its dimensions. export: format of the final checkpoint. notice: what the user
+    should know.
+    """
 
     config: PretrainedConfig
+    student: PretrainedConfig
     geometry: MLAGeometry
     export: Format
     notice: str | None
 
 
-def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Conversion:
+def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> ConversionPlan:
     """Check source, dimensions and export against one another.
 
     Args:
@@ -39,18 +43,19 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
     section = recipe.convert
     config = source_config(recipe.model)
     family = family_of(config)
-    geometry = derive_geometry(config, section)
+    found: list[ConversionPlan] = []
+    for option in candidates(config, section):  # whatever a search may choose must be exportable
+        geometry = derive_geometry(config, option)
+        student = student_config(config, geometry, family)
+        export = choose_format(recipe.export, student, dtype) if exports else Format(student.model_type)
+        found.append(ConversionPlan(config, student, geometry, export, family.notice(config)))
     if dtype == torch.float16 and recipe.recover:
         raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
     if family.head_norms is not None and section.q_lora_rank is not None:
         raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
-    student = student_config(config, geometry, family)
-    export = choose_format(recipe.export, student, dtype) if exports else Format(student.model_type)
-    for option in candidates(config, section) if exports else []:  # whatever a search chooses must be exportable
-        choose_format(recipe.export, student_config(config, derive_geometry(config, option), family), dtype)
     calibration = section.calibration
     if section.searched and calibration.tokens < 2 * calibration.max_length:
         raise RecipeError(
             "convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more"
         )
-    return Conversion(config, geometry, export, family.notice(config))
+    return found[0]

@@ -9,9 +9,8 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.convert.refit import stream_bytes
-from transmla.geometry import MLAGeometry
 from transmla.hardware import require_disk
-from transmla.plan.memory import Sizes, count_parameters
+from transmla.plan.memory import Sizes
 from transmla.recipe.schema import Recipe
 
 
@@ -57,16 +56,14 @@ def _recorded_bytes(recipe: Recipe) -> int:
     )
 
 
-def check_disk(
-    recipe: Recipe, config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype, output: Path
-) -> None:
+def check_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype, output: Path) -> None:
     """Check that what a run needs is free, beside what is below `output` already.
 
     Raises:
         RecipeError: it is not.
     """
     there = sum(file.stat().st_size for file in output.rglob("*.safetensors")) if output.is_dir() else 0
-    missing = bytes_on_disk(recipe, count_parameters(config, geometry), config, dtype) - there
+    missing = bytes_on_disk(recipe, sizes, config, dtype) - there
     require_disk(output, max(missing, 0))
     if recipe.convert.refit:
         streams = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)

@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.plan.disk import bytes_on_disk
-from transmla.plan.memory import count_parameters, training_memory
+from transmla.plan.memory import training_memory
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
 from transmla.recipe.stages import AnyStage
@@ -55,7 +55,7 @@ def _writing(recipe: Recipe) -> list[str]:
 def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     """The text that `dry_run=true` prints."""
     recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
-    sizes = count_parameters(config, geometry)
+    sizes = prepared.sizes
     g = geometry
     query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
     lines = [
@@ -65,7 +65,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
         f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
         f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
-        f"cache        {g.source_cache} -> {g.cache} values a token and layer ({-100 * g.saving:+.1f} %)",
+        f"cache        {g.source_cache} -> {g.cache} values per token and layer ({-100 * g.saving:+.1f} %)",
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
         f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
@@ -81,7 +81,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
-            f"about {memory:.1f} GiB a device{_kept_states(stage, config, dtype)}"
+            f"about {memory:.1f} GiB per device{_kept_states(stage, config, dtype)}"
         )
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",
@@ -89,7 +89,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"{recipe.evaluate.max_length:,}",
         *(
             f"solve        {entry.name}: {entry.samples} to each problem, at most {entry.max_new_tokens:,} tokens "
-            f"a reply"
+            f"per reply"
             for entry in recipe.evaluate.solve
         ),
         *(f"             questions of {task.label}" for task in recipe.evaluate.tasks),

@@ -8,9 +8,6 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from transmla.families import family_of
-from transmla.families.student_config import student_config
-from transmla.geometry import MLAGeometry
 from transmla.modeling.student import ATTENTION, adapted_layers
 from transmla.recipe.budget import micro_batch
 from transmla.recipe.stages import QUERIES, AnyStage
@@ -33,12 +30,11 @@ class Sizes:
         return self.student if stage.train == "all" else self.attention
 
 
-def count_parameters(config: PretrainedConfig, geometry: MLAGeometry) -> Sizes:
-    """Numbers of parameters, tied ones once."""
-    family = family_of(config)
+def count_parameters(config: PretrainedConfig, student_config: PretrainedConfig) -> Sizes:
+    """Numbers of parameters of a source and its student, tied ones once."""
     with init_empty_weights():
         source = AutoModelForCausalLM.from_config(config)
-        student = family.student_model(student_config(config, geometry, family))
+        student = AutoModelForCausalLM.from_config(student_config)
     source.tie_weights()
     student.tie_weights()
     attention = sum(value.numel() for name, value in student.named_parameters() if ATTENTION in name)

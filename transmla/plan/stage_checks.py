@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
@@ -36,22 +37,21 @@ def check_stages(recipe: Recipe, config: PretrainedConfig, device: str) -> None:
                 f"recover.{index}.compile", "there is no C compiler on the PATH; install one, or use false"
             )
         if isinstance(stage, Distill) and isinstance(stage.teacher, ModelSource):
-            _check_teacher(stage, f"recover.{index}.teacher", config, online=not recipe.dry_run)
+            _check_teacher(stage, stage.teacher, f"recover.{index}.teacher", config, online=not recipe.dry_run)
 
 
 def _has_compiler() -> bool:
     return "CC" in os.environ or "CXX" in os.environ or any(map(shutil.which, COMPILERS))
 
 
-def _check_teacher(stage: Distill, key: str, config: PretrainedConfig, *, online: bool) -> None:
-    teacher = stage.teacher
+def _check_teacher(stage: Distill, teacher: ModelSource, key: str, config: PretrainedConfig, *, online: bool) -> None:
     if teacher.config is None and kind_of(teacher.source) == "hub" and not online:
         return  # a plan asks no hub
     try:
         facts = source_config(teacher)
     except RecipeError as error:
         raise RecipeError(key, str(error)) from None
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(facts), None)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(facts), None)
     if architecture is None or architecture.base_model_prefix != "model":
         raise RecipeError(
             key, f"{facts.model_type} has no trunk of the form that is asked here; name a model of the source's family"

@@ -7,8 +7,10 @@ from transmla.recipe.stages import AnyStage, OnPolicy
 
 def micro_batch(stage: AnyStage) -> int:
     """Tokens a device handles at a time."""
-    on_policy = isinstance(stage, OnPolicy)
-    length = stage.prompt_tokens + stage.max_new_tokens if on_policy else int(stage.trainer.get("max_length", 1024))
+    if isinstance(stage, OnPolicy):
+        length = stage.prompt_tokens + stage.max_new_tokens
+    else:
+        length = int(stage.trainer.get("max_length", 1024))
     return length * int(stage.trainer.get("per_device_train_batch_size", 1))
 
 

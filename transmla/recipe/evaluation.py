@@ -61,7 +61,7 @@ class ChoiceTask(Section):
 class Requirement(Section):
     """A threshold that a model of the run must meet; a miss is exit code 1, after the report is written.
 
-    measure: `kl` in nats a token; `perplexity_ratio`, the model's over the teacher's; `top1` in per cent;
+    measure: `kl` in nats per token; `perplexity_ratio`, the model's over the teacher's; `top1` in per cent;
         `accuracy_drop`, teacher minus model in percentage points; `solve_recovered`, model over teacher in per cent.
     data: a name of `evaluate.data`, of `evaluate.tasks` or of `evaluate.solve`, by the measure; or `average`.
     """

@@ -70,7 +70,8 @@ class Convert(Section):
         free = [name for name in ("qk_rope_head_dim", "kv_lora_rank") if getattr(self, name) == "auto"]
         if free and self.cached_values is None:
             raise ValueError(f"{free[0]} is auto: give cached_values, what rope head and latent have together")
-        if not free and self.cached_values not in (None, self.qk_rope_head_dim + self.kv_lora_rank):
+        rope, latent = self.qk_rope_head_dim, self.kv_lora_rank
+        if rope != "auto" and latent != "auto" and self.cached_values not in (None, rope + latent):
             raise ValueError(
                 f"cached_values {self.cached_values} is not qk_rope_head_dim + kv_lora_rank; leave it out, or one "
                 f"of them auto"

@@ -5,7 +5,7 @@ Part of the schema in `transmla.recipe`; nothing here loads a model or a dataset
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -197,7 +197,7 @@ STAGES = {"layerwise": Layerwise, "distill": Distill, "sft": Sft, "on_policy": O
 AnyStage = Annotated[Layerwise | Distill | Sft | OnPolicy, Field(discriminator="kind")]
 
 
-def is_recorded(stage: AnyStage) -> bool:
+def is_recorded(stage: AnyStage) -> TypeGuard[Distill]:
     """Whether a stage learns from what `transmla record` kept of its teacher."""
     return stage.kind == "distill" and stage.teacher == "recorded"
 

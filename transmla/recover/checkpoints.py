@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from transmla.files import PARTIAL, fsync, fsync_tree
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # a mixin, which has no trainer of its own
 
-class AtomicCheckpoints:
+
+class AtomicCheckpoints(Trainer):
     """Mixin before a `transformers.Trainer`.
 
     transformers writes `checkpoint-N` file by file, and a run that was killed meanwhile resumes from the torso. Here

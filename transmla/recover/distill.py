@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
@@ -40,13 +40,13 @@ class DistillTrainer(RecoveryTrainer):
         mixture: Mixture,
         final_temperature: float | None = None,
         recorded: Callable[[dict[str, Any]], Kept] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, args, teacher=teacher, **kwargs)
         self.mixture, self.final_temperature, self.recorded = mixture, final_temperature, recorded
         self.states: TeacherStates | None = None
 
-    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+    def objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:  # type: ignore[override]
         """Position t of student and teacher is scored where label t + 1 counts."""
         batch = trunk_inputs(inputs)
         kept = scored(inputs)
@@ -70,9 +70,11 @@ class DistillTrainer(RecoveryTrainer):
     @torch.no_grad()
     def _teacher_states(self, inputs: dict[str, Any]) -> Tensor:
         """The teacher's final hidden states of a batch, [B, T, D]."""
+        teacher = self.teacher
+        assert teacher is not None
 
         def read() -> Tensor:
-            return self.teacher.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state
+            return teacher.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state
 
         return read() if self.states is None else self.states(inputs[ROW], read)
 
@@ -88,7 +90,7 @@ class DistillTrainer(RecoveryTrainer):
 class SFTStageTrainer(RecoveryTrainer):
     """Cross-entropy of the labels, whole vocabulary, in chunks; no teacher."""
 
-    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+    def objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:  # type: ignore[override]
         """Position t is scored where label t + 1 counts."""
         kept = scored(inputs)
         hidden = student.model(**trunk_inputs(inputs), use_cache=False).last_hidden_state

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
@@ -32,13 +34,14 @@ class LayerwiseTrainer(RecoveryTrainer):
         stream: str = "teacher",
         hidden: float = 0.0,
         logits: float = 0.0,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, args, teacher=teacher, **kwargs)
         self.scales, self.stream, self.hidden, self.logits = scales, stream, hidden, logits
 
-    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+    def objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:  # type: ignore[override]
         """Mean over layers of the summed normalised error."""
+        assert self.teacher is not None
         errors = attention_errors(
             self.teacher,
             student,

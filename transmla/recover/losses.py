@@ -93,6 +93,7 @@ def _dense(
     expected = cap(teacher, softcap)
     log_q = F.log_softmax(logits, -1) if temperature is None or labels is not None else None
     if temperature is None:
+        assert log_q is not None
         value, slope = value_and_slope(log_q, F.log_softmax(expected, -1), divergence)
     else:
         log_p = F.log_softmax(expected / temperature, -1)
@@ -100,6 +101,7 @@ def _dense(
         # d/dlogits of T² D(softmax(logits / T)) is T times the slope.
         value, slope = value * temperature.square(), slope * temperature
     if labels is not None:
+        assert log_q is not None
         value, slope = _mix(value, slope, log_q, labels, share)
     return value.sum(), _uncap(slope, logits, softcap).to(products)
 

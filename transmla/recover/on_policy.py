@@ -152,6 +152,7 @@ def run_on_policy(trainer: OnPolicyTrainer, dtype: torch.dtype) -> dict[str, Any
     Returns:
         tokens seen (prompts and continuations), the log: loss, entropy, length of continuations by step.
     """
+    assert trainer.args.output_dir is not None, "every stage has a folder"
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=checkpoint)
     student = trainer.accelerator.unwrap_model(trainer.model)

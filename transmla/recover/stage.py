@@ -17,7 +17,7 @@ from trl import SFTConfig
 from transmla.data.rows import are_whole, carry_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
-from transmla.recipe.stages import AnyStage
+from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.checkpoints import last_checkpoint
@@ -73,7 +73,7 @@ def tensorboard_folder(folder: Path) -> Iterator[None]:
 
 
 def build_trainer(
-    stage: AnyStage,
+    stage: Layerwise | Distill | Sft,
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -105,10 +105,13 @@ def build_trainer(
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
     mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
-    common = {"train_dataset": token_rows(data, tokenizer, config, mark_synthetic=mixed), "processing_class": tokenizer}
+    rows = token_rows(data, tokenizer, config, mark_synthetic=mixed)
+    common: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)
+    trainer: RecoveryTrainer
     if stage.kind == "layerwise":
+        assert teacher is not None, "its loss is against the teacher's attentions"
         trainer = LayerwiseTrainer(
             student,
             config,
@@ -132,6 +135,7 @@ def build_trainer(
         trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
     trainer.train_dataset = whole_rows(trainer.train_dataset, config)
     if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1:
+        assert isinstance(trainer, DistillTrainer)
         _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
@@ -142,11 +146,13 @@ def build_trainer(
 
 
 def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:
-    data, config, teacher = trainer.train_dataset, trainer.args, trainer.teacher
+    data: Dataset = trainer.train_dataset
+    config, teacher = trainer.args, trainer.teacher
     if not are_whole(data, config):
         raise RecipeError(
             key, f"the text does not fill one row of {config.max_length} tokens; lower trainer.max_length"
         )
+    assert config.max_length is not None and teacher is not None
     size = (len(data), config.max_length, teacher.config.hidden_size)
     trainer.states = TeacherStates(*size, dtype=teacher.dtype, device=config.device, reserve=reserve, key=key)
     carry_rows(trainer)
@@ -156,7 +162,8 @@ def _only_whole_batches(trainer: RecoveryTrainer) -> None:
     """Leave out what an epoch has left over, for which every layer would be compiled again, where an epoch has a whole
     batch."""
     arguments = trainer.args
-    if len(trainer.train_dataset) >= arguments.per_device_train_batch_size * arguments.world_size:
+    data: Dataset = trainer.train_dataset
+    if len(data) >= arguments.per_device_train_batch_size * arguments.world_size:
         arguments.dataloader_drop_last = True
 
 
@@ -166,8 +173,9 @@ def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
     The student (`trainer.student`) ends in `dtype` and eval mode, adapters merged.
 
     Returns:
-        tokens seen and the log: loss, learning rate, tokens a second by step.
+        tokens seen and the log: loss, learning rate, tokens per second by step.
     """
+    assert trainer.args.output_dir is not None, "every stage has a folder"
     checkpoint = last_checkpoint(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=checkpoint)
     student = trainer.student

@@ -10,6 +10,7 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,15 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         teacher: set to eval mode, never given a gradient, on the student's device; None where the loss needs none.
     """
 
+    args: SFTConfig
+
     def __init__(
-        self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel | None, **kwargs: object
+        self, model: PreTrainedModel, args: SFTConfig, *, teacher: PreTrainedModel | None, **kwargs: Any
     ) -> None:
         super().__init__(model=model, args=args, **kwargs)
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher: PreTrainedModel | None = None
+        if teacher is not None:
+            self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.model_accepts_loss_kwargs = True  # the loss is normalised here, transformers must not divide it again
         self._clock: tuple[float, float] | None = None
         self.student = model  # inside peft's wrapper, where there is one
@@ -84,7 +89,9 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         return share * (1.0 if self.sizes is None else self.sizes[name])
 
     @abstractmethod
-    def objective(self, student: nn.Module, inputs: dict[str, Tensor]) -> Objective:
+    def objective(  # type: ignore[override]  # transformers' attribute of that name is of its search for settings
+        self, student: PreTrainedModel, inputs: dict[str, Tensor]
+    ) -> Objective:
         """The loss of one micro-batch: `inputs` as trl's collator made them."""
 
     def count_tokens(self, batch: dict[str, Tensor]) -> Tensor:
@@ -92,7 +99,8 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         return (batch["labels"][:, 1:] != -100).sum()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        total = sum(self.count_tokens(batch) for batch in batch_samples).to(device)
+        total: Any = sum(self.count_tokens(batch) for batch in batch_samples)
+        total = total.to(device)
         return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
 
     def compute_loss(
@@ -100,7 +108,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
         """Loss of one micro-batch as its share of the global batch's mean over tokens."""
         tokens = inputs["input_ids"].numel() if "attention_mask" not in inputs else int(inputs["attention_mask"].sum())
@@ -109,6 +117,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         loss = outputs["total"] / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # it counts all processes' tokens, and DDP averages gradients
+        assert self.model is not None
         if self.model.training:
             self._total_train_tokens += tokens * self.accelerator.num_processes
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -119,7 +128,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens a second since the last line to what transformers and trl log."""
+        """Adds tokens per second since the last line to what transformers and trl log."""
         if "loss" in logs:
             now = time.monotonic()
             if self._clock is not None:
@@ -146,7 +155,7 @@ def weight_sizes(model: nn.Module) -> dict[str, float]:
     return {name: found.get(name, middle) for name, _ in model.named_parameters()}
 
 
-def install_objective(model: PreTrainedModel, compute: Callable[[nn.Module, dict], Objective]) -> None:
+def install_objective(model: PreTrainedModel, compute: Callable[[PreTrainedModel, dict], Objective]) -> None:
     """Make `model(inputs=..., objective=True)` return the objective; every other call is as before."""
     original = model.forward
 
@@ -156,6 +165,7 @@ def install_objective(model: PreTrainedModel, compute: Callable[[nn.Module, dict
     ):
         if not objective:
             return original(*args, **kwargs)
+        assert inputs is not None, "the objective is one of a batch"
         result = compute(self, inputs)
         return {"total": result.total, "tokens": result.tokens}
 

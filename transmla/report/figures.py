@@ -9,7 +9,7 @@ from typing import Any
 MEASURES = {"acc": "accuracy", "acc_norm": "length-normalised accuracy"}
 
 
-def error_bars(values: list[float], bounds: list[Sequence[float]]) -> list[list[float]]:
+def error_bars(values: list[float], bounds: Sequence[Sequence[float]]) -> list[list[float]]:
     """Lengths below and above each value, as matplotlib takes them. bounds: (low, high) of each."""
     pairs = list(zip(values, bounds, strict=True))
     return [[value - low for value, (low, _) in pairs], [high - value for value, (_, high) in pairs]]
@@ -48,7 +48,7 @@ def plot_figures(report: dict[str, Any], folder: Path) -> None:
         figure = Figure(figsize=(5 * len(curves), 3.4), layout="constrained")
         for axes, (name, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
             axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
-            loss = "normalised attention error" if "layerwise" in name else "loss, nats a token"
+            loss = "normalised attention error" if "layerwise" in name else "loss, nats per token"
             axes.set(title=f"{name}, training loss", xlabel="step", ylabel=loss, ylim=(0, None))
         figure.savefig(folder / "loss.png", dpi=120)
     quality = report["quality"]
@@ -64,7 +64,7 @@ def plot_figures(report: dict[str, Any], folder: Path) -> None:
                 ]
                 bars = axes.bar(names, values, yerr=error_bars(values, bounds), capsize=3, color="tab:blue", width=0.6)
                 axes.bar_label(bars, fmt="%.3g")
-                axes.set(title=dataset, ylabel={"kl": "KL to teacher, nats a token"}.get(key, key))
+                axes.set(title=dataset, ylabel={"kl": "KL to teacher, nats per token"}.get(key, key))
                 axes.margins(y=0.15)
         figure.savefig(folder / "quality.png", dpi=120)
     plot_tasks(report["tasks"], folder)

@@ -34,7 +34,7 @@ def _solved(solve: dict[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for exam in next(iter(solve.values()), {}):
         lines += [f"## Problems solved: {exam}", ""]
-        lines += ["| model | accuracy | 95 % | finished | tokens a reply | seconds |", "|---|---|---|---|---|---|"]
+        lines += ["| model | accuracy | 95 % | finished | tokens per reply | seconds |", "|---|---|---|---|---|---|"]
         for model, exams in solve.items():
             one = exams[exam]
             low, high = (100 * end for end in one["interval"])

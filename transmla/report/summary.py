@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from transmla.measure.intervals import around, average, mean, paired_difference
@@ -108,23 +107,29 @@ def recovered(report: dict[str, Any]) -> list[dict[str, Any]]:
     for dataset in quality.get("teacher", {}):
         base = quality.get("converted", {}).get(dataset, {}).get("kl")
         if base is not None:
-            rows.append(
-                _row("kl", dataset, quality, lambda own, d=dataset, b=base: 1 - own[d]["kl"] / b if b else None)
-            )
+            shares = {model: 1 - own[dataset]["kl"] / base if base else None for model, own in _students(quality)}
+            rows.append(_row("kl", dataset, shares))
         other = quality["teacher"][dataset]["perplexity"]
-        rows.append(_row("perplexity", dataset, quality, lambda own, d=dataset, o=other: o / own[d]["perplexity"]))
+        shares = {model: other / own[dataset]["perplexity"] for model, own in _students(quality)}
+        rows.append(_row("perplexity", dataset, shares))
     for measure in ACCURACIES:
         for task, summary in tasks.get("teacher", {}).items():
             if other := summary[measure]:
-                rows.append(_row(measure, task, tasks, lambda own, t=task, m=measure, o=other: own[t][m] / o))
+                shares = {model: own[task][measure] / other for model, own in _students(tasks)}
+                rows.append(_row(measure, task, shares))
     for name, summary in solve.get("teacher", {}).items():
         if other := summary["accuracy"]:
-            rows.append(_row("solve", name, solve, lambda own, n=name, o=other: own[n]["accuracy"] / o))
+            shares = {model: own[name]["accuracy"] / other for model, own in _students(solve)}
+            rows.append(_row("solve", name, shares))
     return [row for row in rows if row["per_cent"]]
 
 
-def _row(measure: str, data: str, models: dict[str, Any], share: Callable[[Any], float | None]) -> dict[str, Any]:
-    shares = {model: share(own) for model, own in models.items() if model != "teacher"}
+def _students(models: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What was found of every model but the teacher, by model."""
+    return [(model, own) for model, own in models.items() if model != "teacher"]
+
+
+def _row(measure: str, data: str, shares: dict[str, float | None]) -> dict[str, Any]:
     per_cent = {model: 100 * value for model, value in shares.items() if value is not None}
     return {"measure": measure, "data": data, "per_cent": per_cent}
 

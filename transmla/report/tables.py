@@ -36,7 +36,7 @@ def quality_table(report: dict[str, Any], dataset: str) -> list[str]:
         lines.append(f"| {name} | {perplexity} | {kl} | {100 * q['top1']:.1f} % |")
     text = f"{first['tokens']:,} predicted tokens, the same {first['windows']:,} windows for every model"
     if first["perplexity_interval"] is not None:
-        text += "; in brackets 95 % intervals over the windows. KL is KL(teacher ‖ model), nats a token"
+        text += "; in brackets 95 % intervals over the windows. KL is KL(teacher ‖ model), nats per token"
     return [*lines, "", f"{text}.", ""]
 
 

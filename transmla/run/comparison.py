@@ -71,7 +71,7 @@ def compare(run: Run) -> dict[str, Any]:
     def build(scratch: Path, metadata: dict[str, Any]) -> None:
         started = time.monotonic()
         done = _compared(run, calibration_windows(run), True, metadata)
-        kept = {"name": "convert", "fingerprint": run.digests.convert, "versions": versions()}
+        kept: dict[str, Any] = {"name": "convert", "fingerprint": run.digests.convert, "versions": versions()}
         kept |= done.conversion.describe()
         kept |= {"tokens": metadata["tokens"], "seconds": round(time.monotonic() - started, 1)}
         kept["peak_memory_bytes"] = peak_memory(run.prepared.device)

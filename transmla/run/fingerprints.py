@@ -183,6 +183,7 @@ class Fingerprints:
     def recording(self, index: int) -> str:
         """Of what stage `index` has recorded of its teacher, as far as can be told without tokenising."""
         stage = self.recipe.recover[index]
+        assert stage.kind == "distill", "no other stage has a recording"
         return fingerprint(
             {
                 "source": identity(self.recipe.model),

@@ -51,7 +51,9 @@ class Paths:
 
     def recording(self, index: int) -> Path:
         """What `record` keeps of the teacher for recovery stage `index`."""
-        folder = self.recipe.recover[index].record.folder
+        stage = self.recipe.recover[index]
+        assert stage.kind == "distill", "no other stage has a recording"
+        folder = stage.record.folder
         return self.root / "recorded" / str(index) if folder is None else Path(folder)
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import AutoTokenizer
 
 from transmla.errors import RecipeError
-from transmla.plan.data_checks import kind_of_data
 from transmla.recipe.budget import rows_of_a_step, steps_of
 from transmla.recipe.stages import is_recorded, other_teacher
 from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
@@ -40,11 +39,8 @@ def _check_teachers(run: Run) -> None:
 
 def _check_templates(run: Run) -> None:
     """Conversations need a chat template."""
-    recipe = run.recipe
-    used = [("convert.calibration.data", recipe.convert.calibration.data), ("evaluate.data", recipe.evaluate.data)]
-    used += [(f"recover.{index}.data", stage.data) for index, stage in enumerate(recipe.recover)]
-    for key, data in used:
-        if run.tokenizer.chat_template is None and kind_of_data(data, key, recipe) == "messages":
+    for key, kind in run.prepared.kinds.items():
+        if kind == "messages" and run.tokenizer.chat_template is None and not key.startswith("write"):
             raise RecipeError(key, "it is of conversations, and the tokenizer has no chat template; use text")
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from transmla.data.rows import ROW, carry_rows
 from transmla.hardware import peak_memory, reset_peak_memory
-from transmla.plan.memory import count_parameters, training_memory
+from transmla.plan.memory import training_memory
 from transmla.recipe.stages import AnyStage, is_recorded, other_teacher
 from transmla.recover.distill import DistillTrainer
 from transmla.recover.losses import Kept
@@ -131,8 +131,7 @@ def _teacher_of(run: Run, stage: AnyStage) -> PreTrainedModel | None:
 
 def _reserved_memory(run: Run, stage: AnyStage) -> int:
     """Rough bytes that a stage needs of a device, counted without weights."""
-    config = run.prepared.config
-    return training_memory(stage, count_parameters(config, run.prepared.geometry), config, run.dtype)
+    return training_memory(stage, run.prepared.sizes, run.prepared.config, run.dtype)
 
 
 def _read_recording(run: Run, index: int, trainer: DistillTrainer) -> None:

@@ -130,6 +130,7 @@ def sample_missing(
         with ThreadPoolExecutor(max_workers=1) as beside:
             prompts, storing = beside.submit(prompts_of, own[0]) if own else None, None
             for place, batch in enumerate(tqdm(own, desc=name, unit="batch", disable=not state.is_main_process)):
+                assert prompts is not None, "there is a batch"
                 asked = prompts.result()
                 if place + 1 < len(own):
                     prompts = beside.submit(prompts_of, own[place + 1])

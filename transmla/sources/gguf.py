@@ -45,7 +45,7 @@ def dequantise(gguf: Path, section: ModelSource, out: Path) -> None:
         config.tie_word_embeddings = True
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.1e}")  # float32 rounding in the header
     config.dtype = torch.bfloat16
-    model = type(loaded)(config).to(torch.bfloat16)
+    model = type(loaded)(config).to(torch.bfloat16)  # type: ignore[arg-type]  # transformers' `to` is typed without its self
     missing, unexpected = model.load_state_dict(
         {name: value.to(torch.bfloat16) for name, value in weights.items()}, strict=False
     )

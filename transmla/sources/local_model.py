@@ -15,4 +15,4 @@ def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel
     config = AutoConfig.from_pretrained(folder)
     kernel = default_kernel(config.model_type)
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=kernel)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' `to` is typed without its self

@@ -32,6 +32,7 @@ def one_query(parts: Sequence[tuple[Tensor, Tensor]], value: Tensor, mask: Tenso
     logits = sum(
         _product(query.reshape(batch * groups, -1, query.shape[-1]), key.flatten(0, 1).mT) for query, key in parts
     )
+    assert isinstance(logits, Tensor), "there is at least one part"
     logits = logits.view(batch, -1, 1, length) * scaling
     if mask is not None:
         lowest = torch.finfo(logits.dtype).min  # a query that may see nothing (padding) must not become NaN

@@ -77,8 +77,8 @@ def decode(blob: bytes | memoryview, dtype: str) -> tuple[Tensor, Tensor]:
         (size,) = _SIZE.unpack_from(blob, _HEADER.size + plane * _SIZE.size)
         found.append(np.frombuffer(zlib.decompress(blob[start : start + size]), np.uint8).astype(np.int64))
         start += size
-    ids = sum(plane << (8 * byte) for byte, plane in enumerate(found[:ID_BYTES]))
-    steps = sum(plane << (8 * byte) for byte, plane in enumerate(found[ID_BYTES:]))
+    ids: Any = sum(plane << (8 * byte) for byte, plane in enumerate(found[:ID_BYTES]))
+    steps: Any = sum(plane << (8 * byte) for byte, plane in enumerate(found[ID_BYTES:]))
     surprise = _numbers(np.cumsum(steps.reshape(k, count).T, axis=1), dtype)
     return torch.from_numpy(ids.reshape(count, k)), -surprise
 
@@ -139,11 +139,12 @@ class ShardAppender:
 
     def __init__(self, folder: Path, inputs: dict[str, Any], key: str) -> None:
         self.folder = folder
-        self.index = read_index(folder)
-        if self.index is None:
+        index = read_index(folder)
+        if index is None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.index = {"inputs": {"format": FORMAT, **inputs}, "shards": []}
-        check_inputs(folder, self.index, key, **inputs)
+            index = {"inputs": {"format": FORMAT, **inputs}, "shards": []}
+        self.index: dict[str, Any] = index
+        check_inputs(folder, index, key, **inputs)
 
     @property
     def rows(self) -> set[int]:

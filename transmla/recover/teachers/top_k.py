@@ -30,7 +30,7 @@ SHARD_POSITIONS = 65_536  # scored positions a shard
 
 def packed_trainer(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> SFTTrainer:
     """trl's trainer for the sake of its packed dataset and its order of rows, around a model of no importance."""
-    dimensions = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    dimensions: dict[str, Any] = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=max(len(tokenizer), 8), **dimensions))
     tokenizer = copy.deepcopy(tokenizer)
     data = token_rows(data, tokenizer, config)
@@ -48,7 +48,7 @@ def rows_needed(stage: Distill, rows: int) -> int:
     return min(rows, max(step, batch * math.ceil(stage.tokens / micro_batch(stage))))
 
 
-def training_batches(trainer: Trainer, wanted: int) -> Iterator[dict[str, Tensor]]:
+def training_batches(trainer: Trainer, wanted: int) -> Iterator[dict[str, Any]]:
     """The first batches of the first epoch that together have `wanted` rows."""
     seen = 0
     for batch in trainer.get_train_dataloader():
@@ -77,7 +77,8 @@ def top_log_probabilities(teacher: PreTrainedModel, batch: dict[str, Tensor], k:
 
 def positions_by_row(trainer: SFTTrainer, rows: list[int]) -> list[int]:
     """Scored positions of rows of the packed dataset, each collated by itself."""
-    alone = [trainer.data_collator([trainer.train_dataset[row]]) for row in rows]
+    data: Dataset = trainer.train_dataset
+    alone = [trainer.data_collator([data[row]]) for row in rows]
     return [len(scored(batch)) for batch in alone]
 
 
@@ -114,17 +115,18 @@ def record_teacher(
     with tempfile.TemporaryDirectory() as work:
         config = trainer_config(stage, Path(work), seed=seed, device=device, dtype=dtype, processes=1)
         trainer = packed_trainer(data, tokenizer, config)
+        packed: Dataset = trainer.train_dataset
         inputs = inputs | {
             "vocabulary": vocabulary_digest(tokenizer),
-            "packed data": data_digest(trainer.train_dataset),
+            "packed data": data_digest(packed),
             "top_k": k,
             "dtype": stage.record.dtype,
         }
         shards = ShardAppender(folder, inputs, key)
-        shards.index["data_rows"] = len(trainer.train_dataset)
+        shards.index["data_rows"] = len(packed)
         done, teacher = shards.rows, None
         rows, counts, blobs = [], [], []
-        for batch in training_batches(trainer, rows_needed(stage, len(trainer.train_dataset))):
+        for batch in training_batches(trainer, rows_needed(stage, len(packed))):
             if set(batch[ROW]) <= done:
                 continue
             teacher = teacher or load_teacher()

@@ -38,7 +38,7 @@ class LayerStatistics:
     Only of an attention whose queries and keys pass a norm, both before rotation and behind the norm: query_moment:
     E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]; attended_key_cross: the same over attended keys.
     key_energy: E|k|², [G]. key_error: [G], the share of the keys' variance that no linear map of x explains, set when
-    the keys are fitted (transmla.convert.keynorm).
+    the keys are fitted (transmla.convert.key_norm).
     """
 
     second_moment: Tensor

@@ -32,10 +32,10 @@ def load_mixture(
     the weights, to within a row.
 
     Args:
-        entries: names, or parts with filters and weights (transmla.entries.Part).
+        entries: names, or parts with filters and weights (transmla.recipe.data_lists.Part).
         key: recipe key, for errors.
         seed: of the order.
-        joined: as in `transmla.data.sources.load_one`, for plain names; rows that are counted stay apart.
+        joined: as in `transmla.data.loading.load_one`, for plain names; rows that are counted stay apart.
 
     Raises:
         RecipeError: a dataset is missing, of another kind than the rest, or no row of it passes its filters.

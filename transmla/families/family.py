@@ -106,7 +106,7 @@ class Family:
     qkv_bias: whether query, key and value projections carry a bias. output_bias: whether the output does.
     refuse: returns why a configuration cannot be carried over, or None.
     inexpressible: returns why the student cannot become a stock DeepSeek checkpoint, or None; what every family
-        shares is in transmla.export.deepseek.
+        shares is in transmla.export.expressible.
     notice: returns what the user should know about a conversion, or None.
     kernel: transformers' name of the attention that source and student run with by default.
     plain_residual: whether the attention's output is added to the stream as it is, without a norm in between.

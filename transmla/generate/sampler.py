@@ -4,7 +4,7 @@ transformers' own `generate` is not used: it takes temperature, top-k, top-p and
 from the checkpoint's generation_config (Qwen's has top-k 20 and a repetition penalty), so that the text would not be of
 the model's own distribution; it carries finished rows along until the last one ends; and it draws from the global
 generator. Here rows that are done leave, from a cache that grows, or on a GPU between two CUDA graphs
-(transmla.data.decoding).
+(transmla.generate.decoding).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _compiled_race(factor: float) -> Callable[[Tensor, Tensor], Tensor]:
 class ModelSampler:
     """Samples of a transformers causal model, teacher or student.
 
-    fixed: decode on buffers of fixed size where the model allows it (transmla.data.decoding); pays on a GPU, where they
-    are replayed as graphs.
+    fixed: decode on buffers of fixed size where the model allows it (transmla.generate.decoding); pays on a GPU,
+        where they are replayed as graphs.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Accuracy on questions with choices: of lm-eval-harness's tasks, and of files.
 
-Files need neither network nor harness. Both are scored by transmla.evaluate.choices and judged as the harness does:
+Files need neither network nor harness. Both are scored by transmla.measure.choices and judged as the harness does:
 `acc` takes the likeliest choice, `acc_norm` the one with the highest log-likelihood a character of the choice (for
 ASCII, a byte), the space before it not counted.
 """

@@ -34,13 +34,12 @@ class HeadLinear(nn.Module):
 
 
 class MLAAttention(nn.Module):
-    """Attention that caches a latent c [R] and one rope key [P] a token.
+    """Attention that caches a latent c [R] and one rope key [P] per token.
 
-        c = W_a x          k_h = [W_b,h^K c ; R_s k_rope]          q_h = [q_h,nope ; R_t q_h,rope]          v_h =
-        W_b,h^V c
+        c = W_a x      k_h = [W_b,h^K c ; R_s k_rope]      q_h = [q_h,nope ; R_t q_h,rope]      v_h = W_b,h^V c
 
     Without `mla_latent_norm` the latent has no RMSNorm: the exported model's norm is made linear
-    (transmla.export.deepseek). With it, both latents have DeepSeek's own (eps 1e-6), and the normed latent is cached.
+    (transmla.export.deepseek_weights). With it, both have DeepSeek's own (eps 1e-6), and the normed one is cached.
     Rotary pairs are half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's
     scale into q.
 

@@ -35,8 +35,7 @@ def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype:
 
 def _written_bytes(recipe: Recipe) -> int:
     """Rough bytes of `write`, at most: a token is some 6 as a number, there twice, and 5 as text. How many problems a
-    data set
-    has is not known here: its traces count where `limit` says."""
+    data set has is not known here: its traces count where `limit` says."""
     tokens = 0
     for entry in recipe.write:
         if entry.kind == "text":

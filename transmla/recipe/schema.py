@@ -1,6 +1,6 @@
 """The typed schema of a recipe. Unknown keys are refused, and nothing here loads a model or a dataset.
 
-`transmla.compose.load_recipe` builds a `Recipe` from YAML and overrides; every part of the program
+`transmla.recipe.compose.load_recipe` builds a `Recipe` from YAML and overrides; every part of the program
 receives its own section of it, never the whole.
 """
 

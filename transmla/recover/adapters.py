@@ -28,8 +28,7 @@ def merge_adapters(model: PeftModel) -> None:
     """Fold the adapters into the student they are in.
 
     The sum is formed in float32: in bfloat16 most of a small change would be rounded away layer by layer. It is formed
-        in
-    place, so in a copy: the trunk's storage may be the teacher's.
+    in place, so in a copy: the trunk's storage may be the teacher's.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)

@@ -9,7 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.kernels.fused import sdpa
 
-TAP = "transmla_tap"  # name of what looks at queries and keys on their way to another kernel (transmla.recover.taps)
+# Name of what looks at queries and keys on their way to another kernel (transmla.measure.attention_taps).
+TAP = "transmla_tap"
 
 CAPPING = ("eager", "flex_attention", TAP)  # what can cap the logits (Gemma 2), or hands the cap on
 

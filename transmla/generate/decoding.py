@@ -1,7 +1,7 @@
 """Steps of one token per row on buffers of fixed size, which a CUDA graph replays.
 
 A step of a small model is a thousand short kernels, and launching them one by one takes longer than running them (some
-100 ms per step for 30 layers, docs/recovery.md). A graph launches all of them at once, but replays the same sizes at the
+100 ms for 30 layers, docs/recovery.md). A graph launches all of them at once, but replays the same sizes at the
 same addresses: hence buffers. What is short is written in one segment, whose buffers and graph serve the next batches
 too; what is long in several, between which rows that are done leave and buffers grow.
 """

@@ -11,6 +11,7 @@ import pytest
 
 from transmla.cli import main
 from transmla.data.loading import load_one
+from transmla.files import save_manifest
 from transmla.generate.problems import load_problems, normal
 from transmla.generate.prompts import ProblemPrompts
 from transmla.generate.sampler import ModelSampler, Sample
@@ -169,6 +170,7 @@ def test_what_follows_another_text_is_drawn_again_with_it(written: Path, tmp_pat
         if redrawn:
             file = out / "written" / "own" / "data.jsonl"
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+            save_manifest(file.parent)  # as if it had been written so
         assert main(["traces", *RECIPE, f"output_dir={out}"]) == 0
         assert bool(calls) == redrawn
         assert (rows(out, "asked") == rows(written, "asked")) != redrawn

@@ -1,13 +1,18 @@
 """What makes a finished artifact be made again, and what does not."""
 
 import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from transmla.plan.checks import prepare
 from transmla.recipe.compose import load_recipe
 from transmla.run.fingerprints import Fingerprints
+from transmla.sources.hub_commits import commit_of
+from transmla.sources.random_model import make_random_model
 
 DISTILL = "recover.1.trainer.packing_strategy=wrapped"
 
@@ -47,3 +52,81 @@ def test_other_stages_are_what_they_were(tmp_path, monkeypatch) -> None:
     now = stage(tmp_path)
     monkeypatch.setattr("transmla.run.fingerprints._rows", lambda stage: {})
     assert stage(tmp_path) == now
+
+
+def everything(folder: Path, *overrides: str) -> list[str]:
+    """Digests of all artifacts of a recipe that reads files and a model directory of a project."""
+    text, model = folder / "text.jsonl", folder / "model"
+    recipe = load_recipe(
+        "debug",
+        [
+            "device=cpu",
+            f"output_dir={folder}/out",
+            f"model.source={model}",
+            f"convert.calibration.data=[{text}]",
+            f"recover.0.data=[{text}]",
+            f"recover.1.data=[{{name: {folder}/words.yaml, weight: 1}}]",
+            *overrides,
+        ],
+    )
+    found = Fingerprints(prepare(recipe, exports=False))
+    return [found.convert, found.stage(0), found.stage(1), found.export, found.evaluation("recovered")]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    folder = tmp_path / "project"
+    source = load_recipe("debug", []).model
+    make_random_model(source, folder / "model")
+    (folder / "text.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    (folder / "words.yaml").write_text("{path: text.jsonl, columns: {text: text}}")
+    return folder
+
+
+FILES = ["text.jsonl", "model/model.safetensors", "model/tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_content_of_a_file_is_an_input(name: str, project: Path) -> None:
+    """Neither its time nor its place: not an edit of equal size and time, which `touch` is not either."""
+    before, file = everything(project), project / name
+    time = file.stat().st_mtime_ns
+    os.utime(file, ns=(time + 10**9, time + 10**9))
+    assert everything(project) == before
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(time, time))
+    assert not set(everything(project)) & set(before)
+
+
+def test_a_project_may_move(project: Path, tmp_path) -> None:
+    before = everything(project)
+    shutil.copytree(project, tmp_path / "elsewhere")
+    assert everything(tmp_path / "elsewhere") == before
+    (project / "model" / "README.md").write_text("about")
+    assert everything(project) == before
+
+
+def test_the_commit_of_a_hub_repository_is_an_input(tmp_path, monkeypatch) -> None:
+    """Of its main branch as it is now; offline as it was."""
+    monkeypatch.setenv("TRANSMLA_CACHE", str(tmp_path))
+    (tmp_path / "far.yaml").write_text("{hub: some/where, columns: {text: text}}")
+    monkeypatch.setattr("transmla.plan.data_checks.check_dataset", lambda *args, **kwargs: "text")
+    answers: dict[str, str | None] = {"sha": "a" * 40}
+
+    def ask(self, repository: str, **kwargs: object) -> SimpleNamespace:
+        if answers["sha"] is None:
+            raise ConnectionError("offline")
+        return SimpleNamespace(sha=answers["sha"])
+
+    def digest() -> str:
+        commit_of.cache_clear()
+        return stage(tmp_path, f"recover.1.data=[{tmp_path}/far.yaml]")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", ask)
+    first = digest()
+    answers["sha"] = "b" * 40
+    second = digest()
+    answers["sha"] = None
+    assert digest() == second != first

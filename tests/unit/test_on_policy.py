@@ -185,7 +185,7 @@ def test_stopped_and_resumed_equals_straight(converted, words, tmp_path) -> None
     with pytest.raises(Killed):
         run_on_policy(stopped, torch.float32)
     resumed = make(stage, converted, words, tmp_path / "stopped")
-    rest = run_on_policy(resumed, torch.float32)
+    rest = run_on_policy(resumed, torch.float32, last_checkpoint(tmp_path / "stopped"))
     assert rest["resumed_from"].endswith("checkpoint-3") and whole["resumed_from"] is None
     losses = [[line["loss"] for line in result["log"] if "loss" in line] for result in (whole, rest)]
     assert losses[0] == losses[1] and len(losses[0]) == 8

@@ -12,6 +12,7 @@ from transmla.convert.conversion import convert_model
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.stages import Distill, Layerwise, Sft
+from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.stage import build_trainer, run_stage, trainer_config
 from transmla.sources.random_model import make_random_model
 
@@ -142,7 +143,7 @@ def test_stopped_and_resumed_equals_straight(kind: str, tmp_path) -> None:
     with pytest.raises(Killed):
         stopped.train()
     resumed = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4)
-    result = run_stage(resumed, torch.float32)
+    result = run_stage(resumed, torch.float32, last_checkpoint(tmp_path / "stopped"))
     assert result["resumed_from"].endswith("checkpoint-4")
     assert losses(resumed) == losses(straight)
     assert result["tokens"] == straight._total_train_tokens

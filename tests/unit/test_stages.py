@@ -14,6 +14,7 @@ from transmla.measure import attention_taps as taps
 from transmla.measure.attention_errors import attention_errors
 from transmla.measure.attention_taps import attention_divergence
 from transmla.modeling.student import ATTENTION
+from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.collator import CountingCollator, kept_of
 from transmla.recover.stage import run_stage
 
@@ -126,7 +127,8 @@ def test_parameters_of_their_own_resume_bitwise(stage: dict, rate: float, tmp_pa
     with pytest.raises(Killed):
         stopped.train()
     resumed = make_trainer("distill", tmp_path / "stopped", **options)
-    assert run_stage(resumed, torch.float32)["resumed_from"].endswith("checkpoint-2")
+    checkpoint = last_checkpoint(tmp_path / "stopped")
+    assert run_stage(resumed, torch.float32, checkpoint)["resumed_from"].endswith("checkpoint-2")
     assert losses(resumed) == losses(straight)
     for (name, one), other in zip(straight.student.named_parameters(), resumed.student.parameters(), strict=True):
         assert torch.equal(one, other), name

@@ -13,7 +13,6 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,13 +28,17 @@ UNJUDGED = 1e-2  # ε where there is only one window
 
 
 class Stream:
-    """Hidden states of windows, [n, L, D], in a file: memory does not grow with the number of tokens."""
+    """Hidden states of windows, [n, L, D], in a file: memory does not grow with the number of tokens.
 
-    def __init__(self, file: Path, states: tuple[int, int, int], dtype: torch.dtype) -> None:
+    The file has no name, so that nothing is left of it when the process ends, however it ends.
+    """
+
+    def __init__(self, states: tuple[int, int, int], dtype: torch.dtype) -> None:
         count = states[0] * states[1] * states[2]
-        with file.open("wb") as room:  # a file with holes would fail on a full disk without a word
-            os.posix_fallocate(room.fileno(), 0, count * dtype.itemsize)
-        self.states = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(states)
+        with tempfile.TemporaryFile() as room:
+            os.posix_fallocate(room.fileno(), 0, count * dtype.itemsize)  # with holes it would fail on a full disk late
+            name = f"/proc/self/fd/{room.fileno()}"
+            self.states = torch.from_file(name, shared=True, size=count, dtype=dtype).view(states)
 
     def get(self, rows: slice, device: torch.device) -> Tensor:
         return self.states[rows].to(device, copy=True)  # what is read may be written over before it is used
@@ -170,43 +173,41 @@ def refit_outputs(
     device, dtype = source.device, source.dtype
     share = min(SHARE, len(windows))
     rows = [slice(start, start + batch_size) for start in range(0, len(windows), batch_size)]
-    with tempfile.TemporaryDirectory() as folder:
-        original = Stream(Path(folder) / "source", shape, dtype)
-        own = Stream(Path(folder) / "student", shape, dtype)
-        with _listen(source.model.layers[0], inputs=True) as first:
-            stop = source.model.layers[0].register_forward_pre_hook(_stop)
-            try:
-                for part in rows:
-                    with suppress(_Reached):
-                        source.model(input_ids=windows[part].to(device), use_cache=False)
-                    original.put(part, first[0])
-                    own.put(part, first[0])
-            finally:
-                stop.remove()
-        one, other = Layers(source), Layers(student)
-        for index in tqdm(range(len(source.model.layers)), desc="refit", unit="layer"):
-            attention = other.layers[index].self_attn
-            projection = attention.o_proj
-            weight = projection.weight.float()
-            bias = 0.0 if projection.bias is None else projection.bias.float()
-            fit, judge = Moments(weight), Moments(weight)
+    original, own = Stream(shape, dtype), Stream(shape, dtype)
+    with _listen(source.model.layers[0], inputs=True) as first:
+        stop = source.model.layers[0].register_forward_pre_hook(_stop)
+        try:
             for part in rows:
-                batch = windows[part]
-                before, mine = original.get(part, device), own.get(part, device)
-                with _listen(one.layers[index].self_attn, inputs=False) as target:
-                    original.put(part, one.run(index, before, batch))
-                with _listen(projection, inputs=True) as heads:
-                    other.attend(index, mine, batch)
-                inputs = heads[0].float()
-                wanted = target[0].float() + drift * (before.float() - mine.float())
-                error = (wanted - (inputs @ weight.mT + bias)).float()
-                judges = torch.arange(part.start, part.start + len(batch)) % share == 1
-                for moments, chosen in ((fit, ~judges), (judge, judges)):
-                    moments.add(error[chosen].flatten(0, 1), inputs[chosen].flatten(0, 1))
-            if (damping := choose_damping(fit, judge)) is not None:
-                projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
-            for part in rows:
-                own.put(part, other.run(index, own.get(part, device), windows[part]))
+                with suppress(_Reached):
+                    source.model(input_ids=windows[part].to(device), use_cache=False)
+                original.put(part, first[0])
+                own.put(part, first[0])
+        finally:
+            stop.remove()
+    one, other = Layers(source), Layers(student)
+    for index in tqdm(range(len(source.model.layers)), desc="refit", unit="layer"):
+        attention = other.layers[index].self_attn
+        projection = attention.o_proj
+        weight = projection.weight.float()
+        bias = 0.0 if projection.bias is None else projection.bias.float()
+        fit, judge = Moments(weight), Moments(weight)
+        for part in rows:
+            batch = windows[part]
+            before, mine = original.get(part, device), own.get(part, device)
+            with _listen(one.layers[index].self_attn, inputs=False) as target:
+                original.put(part, one.run(index, before, batch))
+            with _listen(projection, inputs=True) as heads:
+                other.attend(index, mine, batch)
+            inputs = heads[0].float()
+            wanted = target[0].float() + drift * (before.float() - mine.float())
+            error = (wanted - (inputs @ weight.mT + bias)).float()
+            judges = torch.arange(part.start, part.start + len(batch)) % share == 1
+            for moments, chosen in ((fit, ~judges), (judge, judges)):
+                moments.add(error[chosen].flatten(0, 1), inputs[chosen].flatten(0, 1))
+        if (damping := choose_damping(fit, judge)) is not None:
+            projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
+        for part in rows:
+            own.put(part, other.run(index, own.get(part, device), windows[part]))
 
 
 class _Reached(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from transmla.export.fresh_process import score_in_fresh_process
+from transmla.files import PARTIAL, scratch_folder
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
@@ -48,8 +48,8 @@ def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: floa
     Raises:
         RuntimeError: it is above the tolerance, or the mean KL is above `MAX_KL`, or the checkpoint does not load.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        tokens_file, scores_file = Path(scratch) / "tokens.safetensors", Path(scratch) / "scores.safetensors"
+    with scratch_folder(folder.with_name(f"{PARTIAL}-reload-of-{folder.name.lstrip('.')}")) as scratch:
+        tokens_file, scores_file = scratch / "tokens.safetensors", scratch / "scores.safetensors"
         save_file({"input_ids": tokens}, tokens_file)
         score_in_fresh_process(folder, tokens_file, scores_file, stock=stock)
         scores = load_file(scores_file)["log_probs"]

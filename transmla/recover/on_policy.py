@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import OnPolicy
 from transmla.recover.arguments import DEFAULTS, common_arguments
-from transmla.recover.checkpoints import AtomicCheckpoints, last_checkpoint
+from transmla.recover.checkpoints import AtomicCheckpoints
+from transmla.recover.configuration import unchanged_configuration
+from transmla.recover.last_step import require_finite, train_to_the_end
 
 
 class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
@@ -134,7 +135,6 @@ def build_on_policy(
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    student.generation_config = copy.deepcopy(student.generation_config)  # trl writes into it; it may be the teacher's
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = prompt_ids(stage, data, tokenizer, key)
     return OnPolicyTrainer(
@@ -146,15 +146,21 @@ def build_on_policy(
     )
 
 
-def run_on_policy(trainer: OnPolicyTrainer, dtype: torch.dtype) -> dict[str, Any]:
-    """Train, from the last whole checkpoint if there is one; the student ends in `dtype` and eval mode.
+def run_on_policy(
+    trainer: OnPolicyTrainer, dtype: torch.dtype, checkpoint: Path | None = None, *, key: str = "recover.N"
+) -> dict[str, Any]:
+    """Train to the last step, from a checkpoint if there is one; the student ends in `dtype` and eval mode.
+
+    Args:
+        key: of the stage in the recipe, for errors.
 
     Returns:
         tokens seen (prompts and continuations), the log: loss, entropy, length of continuations by step.
+
+    Raises:
+        RecipeError: training was stopped before its end, or its loss or weights are not finite.
     """
-    assert trainer.args.output_dir is not None, "every stage has a folder"
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_to_the_end(trainer, checkpoint, key)
     student = trainer.accelerator.unwrap_model(trainer.model)
     for model in (student, trainer.accelerator.unwrap_model(trainer.teacher_model)):
         vars(model).pop("forward", None)  # accelerate's and trl's replacements; back to the class's own
@@ -163,17 +169,9 @@ def run_on_policy(trainer: OnPolicyTrainer, dtype: torch.dtype) -> dict[str, Any
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    return {"tokens": trainer.state.num_input_tokens_seen, "log": trainer.state.log_history, "resumed_from": checkpoint}
-
-
-@contextlib.contextmanager
-def _unchanged_settings(student: PreTrainedModel) -> Any:
-    """Put the token ids back that trl writes into a student's configurations."""
-    config, generation = student.config.pad_token_id, student.generation_config
-    try:
-        yield
-    finally:
-        student.config.pad_token_id, student.generation_config = config, generation
+    require_finite(student, key)
+    state, start = trainer.state, None if checkpoint is None else str(checkpoint)
+    return {"tokens": state.num_input_tokens_seen, "log": state.log_history, "resumed_from": start}
 
 
 def train_on_policy(
@@ -183,6 +181,7 @@ def train_on_policy(
     tokenizer: PreTrainedTokenizerBase,
     data: Dataset,
     folder: Path,
+    checkpoint: Path | None = None,
     *,
     key: str,
     seed: int,
@@ -190,14 +189,19 @@ def train_on_policy(
     dtype: torch.dtype,
     processes: int,
 ) -> dict[str, Any]:
-    """A whole stage: build the trainer, resume from `folder` where a checkpoint is there, train `student` in place.
+    """A whole stage: build the trainer, train `student` in place.
+
+    Args:
+        folder: of the checkpoints. checkpoint: where training goes on from.
+        key: of the stage in the recipe, for errors.
 
     Returns:
         as `run_on_policy`.
 
     Raises:
-        RecipeError: no prompt can be made of the data.
+        RecipeError: no prompt can be made of the data; as `run_on_policy`.
     """
-    with _unchanged_settings(student):
-        config = on_policy_config(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes)
-        return run_on_policy(build_on_policy(stage, student, teacher, tokenizer, config, data, key=key), dtype)
+    config = on_policy_config(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes)
+    with unchanged_configuration(student, teacher):
+        trainer = build_on_policy(stage, student, teacher, tokenizer, config, data, key=f"{key}.data")
+        return run_on_policy(trainer, dtype, checkpoint, key=key)

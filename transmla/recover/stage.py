@@ -20,10 +20,10 @@ from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.arguments import DEFAULTS, common_arguments
-from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.compiling import compile_layers, plain_layers
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
+from transmla.recover.last_step import require_finite, train_to_the_end
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
 from transmla.recover.teachers.kept import TeacherStates
@@ -42,8 +42,13 @@ class _Progress(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        seen = [line["num_tokens"] for line in state.log_history if "num_tokens" in line]
-        self.trainer._total_train_tokens = int(seen[-1]) if seen else 0
+        self.trainer._total_train_tokens = _seen_tokens(state.log_history)
+
+
+def _seen_tokens(log: list[dict[str, Any]]) -> int:
+    """How many tokens had been trained on at the end of a log."""
+    seen = [line["num_tokens"] for line in log if "num_tokens" in line]
+    return int(seen[-1]) if seen else 0
 
 
 def trainer_config(
@@ -167,17 +172,23 @@ def _only_whole_batches(trainer: RecoveryTrainer) -> None:
         arguments.dataloader_drop_last = True
 
 
-def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
-    """Train, from the last whole checkpoint if there is one.
+def run_stage(
+    trainer: RecoveryTrainer, dtype: torch.dtype, checkpoint: Path | None = None, *, key: str = "recover.N"
+) -> dict[str, Any]:
+    """Train to the last step, from a checkpoint if there is one.
 
     The student (`trainer.student`) ends in `dtype` and eval mode, adapters merged.
 
+    Args:
+        key: of the stage in the recipe, for errors.
+
     Returns:
         tokens seen and the log: loss, learning rate, tokens per second by step.
+
+    Raises:
+        RecipeError: training was stopped before its end, or its loss or weights are not finite.
     """
-    assert trainer.args.output_dir is not None, "every stage has a folder"
-    checkpoint = last_checkpoint(Path(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_to_the_end(trainer, checkpoint, key)
     student = trainer.student
     del student.forward  # back to the class's own
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
@@ -190,4 +201,7 @@ def run_stage(trainer: RecoveryTrainer, dtype: torch.dtype) -> dict[str, Any]:
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    return {"tokens": trainer._total_train_tokens, "log": trainer.state.log_history, "resumed_from": checkpoint}
+    require_finite(student, key)
+    log = trainer.state.log_history
+    tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
+    return {"tokens": tokens, "log": log, "resumed_from": None if checkpoint is None else str(checkpoint)}

@@ -4,61 +4,125 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 
 from transmla import __version__
-from transmla.files import PARTIAL, fsync, fsync_tree
+from transmla.errors import RecipeError
+from transmla.files import (
+    MANIFEST,
+    PARTIAL,
+    damage,
+    fsync,
+    fsync_tree,
+    read_json,
+    remove,
+    save_manifest,
+    scratch_folder,
+)
 from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.recipe.schema import Recipe
 from transmla.run.context import Run
+from transmla.sources.file_digests import keep_digests, known_digests, read_digests
+
+T = TypeVar("T")
 
 METADATA = "transmla.json"  # beside every artifact: fingerprint, seconds, tokens, peak memory, versions
 
 
+@dataclass(frozen=True)
+class Condition:
+    """How an artifact is found. current: whole, and made from the wanted settings and inputs. damage: what is broken of
+    one that is, or may be, of these settings, in words."""
+
+    current: bool
+    damage: str | None = None
+
+
 def read_metadata(folder: Path) -> dict[str, Any] | None:
-    """The metadata of a finished artifact, or None."""
-    file = folder / METADATA
-    return json.loads(file.read_text()) if file.is_file() else None
+    """The metadata of a finished artifact; None where it has none that can be read."""
+    metadata = read_json(folder / METADATA)
+    return metadata if isinstance(metadata, dict) and "fingerprint" in metadata else None
+
+
+def condition(folder: Path, digest: str) -> Condition:
+    """How an artifact of these settings and inputs is found: all files are looked for and measured, and those that have
+    changed since they were last read are read."""
+    metadata = read_metadata(folder)
+    if metadata is None:
+        there = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+        return Condition(False, f"{METADATA} is missing or cannot be read" if there else None)
+    if metadata["fingerprint"] != digest:
+        return Condition(False)
+    found = damage(folder, known_digests) and damage(folder, read_digests)  # what was kept may itself be damaged
+    return Condition(found is None, found)
 
 
 def is_current(folder: Path, digest: str) -> bool:
-    """Whether a finished artifact was made from exactly these settings and inputs."""
-    metadata = read_metadata(folder)
-    return metadata is not None and metadata["fingerprint"] == digest
+    """Whether a finished artifact is whole, and was made from exactly these settings and inputs."""
+    return condition(folder, digest).current
+
+
+def require_unharmed(folder: Path) -> None:
+    """Read a finished folder whole, before what it holds is used. One without a manifest is the user's own.
+
+    Raises:
+        RecipeError: its content is not what was written.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    if (found := damage(folder, read_digests)) is not None:
+        raise RecipeError("output_dir", f"{folder} is damaged: {found}; run recover.py again, which makes it anew")
+
+
+def require(folder: Path, digest: str, needing: str, making: str) -> None:
+    """Refuse to go on without an artifact.
+
+    Args:
+        needing, making: what needs it, and the command that makes it.
+
+    Raises:
+        RecipeError: it is missing, damaged or of other settings.
+    """
+    found = condition(folder, digest)
+    if found.damage is not None:
+        raise RecipeError(
+            "output_dir", f"{needing} needs {folder}, which is damaged: {found.damage}; run {making} first"
+        )
+    if not found.current:
+        raise RecipeError(
+            "recipe", f"{needing} needs {folder}, which is missing or of other settings; run {making} first"
+        )
 
 
 @contextmanager
 def publishing(folder: Path, metadata: dict[str, Any]) -> Iterator[Path]:
-    """Yield a temporary directory; on success add the metadata, sync, and rename it to `folder`.
+    """Yield a temporary directory; on success add metadata and manifest, sync, and rename it to `folder`.
 
     The caller may add to `metadata` until the block ends. On an exception nothing appears under the final name, and an
     earlier artifact stays.
     """
-    scratch = folder.with_name(f"{PARTIAL}-{folder.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_folder(folder.with_name(f"{PARTIAL}-{folder.name}")) as scratch:
         yield scratch
         (scratch / METADATA).write_text(json.dumps(metadata, indent=1))
+        digests = save_manifest(scratch)
         fsync_tree(scratch)
         old = folder.with_name(f"{PARTIAL}-old-{folder.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        remove(old)
+        if folder.exists() or folder.is_symlink():
             os.replace(folder, old)
         os.replace(scratch, folder)
         fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(old)
+    keep_digests({folder / name: digest for name, digest in digests.items()})
 
 
 def versions() -> dict[str, str]:
@@ -71,11 +135,38 @@ def save_recipe(recipe: Recipe, folder: Path) -> None:
     OmegaConf.save(OmegaConf.create(recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
 
 
+def agreed(run: Run, ask: Callable[[], T]) -> T:
+    """The first process's answer, in all processes, so that all do the same.
+
+    Raises:
+        RecipeError: the first process's, in all of them.
+    """
+    told: list[Any] = [None, None]
+    if run.state.is_main_process:
+        try:
+            told = [ask(), None]
+        except RecipeError as error:
+            told = [None, (error.key, error.problem)]
+    broadcast_object_list(told)
+    answer, refusal = told
+    if refusal is not None:
+        raise RecipeError(*refusal)
+    return answer
+
+
 def current(run: Run, folder: Path, digest: str) -> bool:
-    """Whether an artifact is there and current. The first process looks, so that all processes do the same."""
-    answer = [is_current(folder, digest)]
-    broadcast_object_list(answer)
-    return answer[0]
+    """Whether an artifact is there, whole and current."""
+    return agreed(run, lambda: is_current(folder, digest))
+
+
+def unchanged(run: Run, folder: Path, digest: str, label: str) -> bool:
+    """Whether there is nothing to make; says so, or why something is made again that was there."""
+    found = agreed(run, lambda: condition(folder, digest))
+    if found.current:
+        run.say(f"[{label}] unchanged, skipped")
+    elif found.damage is not None:
+        run.say(f"[{label}] {folder} is damaged: {found.damage}; it is made again")
+    return found.current
 
 
 def make(
@@ -92,8 +183,7 @@ def make(
         build: fills a folder and completes its metadata.
         before: what all processes do for it first; its time and memory are in the metadata too.
     """
-    if current(run, folder, digest):
-        run.say(f"[{label}] unchanged, skipped")
+    if unchanged(run, folder, digest, label):
         return False
     run.say(f"[{label}] ...")
     started = time.monotonic()

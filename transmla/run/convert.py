@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,20 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from transmla.convert.conversion import Conversion, convert_model
-from transmla.run.artifacts import make
+from transmla.run.artifacts import current, make
 from transmla.run.context import Run
 from transmla.run.datasets import calibration_windows
+from transmla.run.lineage import students_to_make
 
-STATISTICS = "statistics.safetensors"  # beside the converted student: E|o|² of every source attention
+STATISTICS = "statistics.safetensors"  # beside every student: E|o|² of every source attention
+
+
+def convert_where_needed(run: Run) -> None:
+    """`convert`, unless a later student is there."""
+    if -1 in students_to_make(run) or current(run, run.paths.converted, run.digests.convert):
+        convert(run)
+    else:
+        run.say("[convert] not there, and not needed: a later student is current")
 
 
 def convert(run: Run) -> None:
@@ -40,12 +50,17 @@ def save_student(run: Run, student: PreTrainedModel, folder: Path) -> None:
 
 
 def save_converted(run: Run, done: Conversion, folder: Path) -> None:
-    """The student, and E|o|² of every source attention, by which layerwise errors are divided."""
+    """The student, and E|o|² of every source attention."""
     save_student(run, done.student, folder)
-    scales = torch.tensor(done.output_scales, dtype=torch.float64)
-    save_file({"output_mean_square": scales}, folder / STATISTICS)
+    save_scales(done.output_scales, folder)
 
 
-def output_scales(run: Run) -> list[float]:
-    """E|o|² of every source attention, as the conversion measured it."""
-    return load_file(run.paths.converted / STATISTICS)["output_mean_square"].tolist()
+def save_scales(scales: Sequence[float], folder: Path) -> None:
+    """E|o|² of every source attention, by which layerwise errors are divided; beside every student, so that none needs
+    the ones before it."""
+    save_file({"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / STATISTICS)
+
+
+def output_scales(folder: Path) -> list[float]:
+    """E|o|² of every source attention, from beside a student."""
+    return load_file(folder / STATISTICS)["output_mean_square"].tolist()

@@ -11,7 +11,7 @@ from transmla.data.mixture import load_mixture
 from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part, data_names
-from transmla.run.artifacts import is_current
+from transmla.run.artifacts import condition, require_unharmed
 from transmla.run.context import Run
 
 ROWS, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
@@ -32,8 +32,12 @@ def resolve(run: Run, data: Sequence[str | Part], key: str) -> list[str | Part]:
 
 def _definition_of(run: Run, name: str, key: str) -> str:
     folder = run.paths.written(name)
-    if not is_current(folder, run.digests.written(name)):
+    found = condition(folder, run.digests.written(name))
+    if found.damage is not None:
+        raise RecipeError(key, f"@{name} is damaged: {found.damage}; run transmla write recipe=... again")
+    if not found.current:
         raise RecipeError(key, f"@{name} is not written, or of other settings; run transmla write recipe=... first")
+    require_unharmed(folder)
     return str(folder / DEFINITION)
 
 

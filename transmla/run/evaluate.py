@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from transmla.errors import RecipeError
 from transmla.generate.prompts import ProblemPrompts
 from transmla.generate.sampler import ModelSampler, Sampler
 from transmla.measure.attention_errors import layer_errors
@@ -23,10 +24,11 @@ from transmla.recipe.writing import Solve
 from transmla.report.collect import MODELS
 from transmla.report.render import save_report
 from transmla.report.summary import figure_lines, missed
-from transmla.run.artifacts import current, is_current, make, read_metadata
+from transmla.run.artifacts import agreed, condition, is_current, make, read_metadata, require_unharmed
 from transmla.run.context import Run
 from transmla.run.convert import output_scales
 from transmla.run.datasets import evaluation_windows
+from transmla.run.export import MAKING
 from transmla.run.sampled_batches import SampledBatches, all_of, sample_missing
 from transmla.run.write import require_room
 from transmla.sources.local_model import load_model
@@ -66,21 +68,36 @@ def evaluate(run: Run) -> None:
 
 def _model_of(run: Run, name: str) -> PreTrainedModel:
     """The teacher, or a student or exported model from its folder."""
-    return run.teacher if name == "teacher" else load_model(run.paths.root / name, run.dtype, run.device)
+    if name == "teacher":
+        return run.teacher
+    require_unharmed(run.paths.root / name)
+    return load_model(run.paths.root / name, run.dtype, run.device)
 
 
 def _current_models(run: Run) -> list[str]:
-    """The models that are there and of the recipe's present settings."""
+    """The models that are there and of the recipe's present settings.
+
+    Raises:
+        RecipeError: one of them is damaged.
+    """
     digests = {"converted": run.digests.convert, "exported": run.digests.export}
     if run.recipe.recover:
         digests["recovered"] = run.digests.student
-    found = ["teacher"]
-    for name in MODELS[1:]:
-        if name in digests and current(run, run.paths.root / name, digests[name]):
-            found.append(name)
-        elif name in digests:
-            run.say(f"[evaluate {name}] missing or of other settings, left out")
-    return found
+    folders = {name: run.paths.root / name for name in MODELS if name in digests}
+
+    def look() -> list[str]:
+        there = []
+        for name, folder in folders.items():
+            state = condition(folder, digests[name])
+            if state.damage is not None:
+                raise RecipeError("output_dir", f"{folder} is damaged: {state.damage}; run {MAKING} first")
+            if state.current:
+                there.append(name)
+            else:
+                run.say(f"[evaluate {name}] missing or of other settings, left out")
+        return there
+
+    return ["teacher", *agreed(run, look)]
 
 
 def _current_artifacts(run: Run) -> dict[str, Path]:
@@ -103,6 +120,8 @@ def _evaluate_model(run: Run, name: str, scratch: Path, metadata: dict[str, Any]
     kept beside its metadata."""
     section = run.recipe.evaluate
     model = _model_of(run, name)
+    if name != "teacher":
+        require_unharmed(run.paths.evaluation("teacher"))
     quality = {}
     for dataset in section.data:
         if name == "teacher":
@@ -124,7 +143,9 @@ def _evaluate_model(run: Run, name: str, scratch: Path, metadata: dict[str, Any]
         metadata["continuations"] = continue_prompts(model, run.tokenizer, section)
     else:
         reference = load_file(_reference_file(run.paths.evaluation("teacher"), section.data[0]))
-        metadata["layer_errors"] = layer_errors(run.teacher, model, reference["windows"][:1], output_scales(run))
+        metadata["layer_errors"] = layer_errors(
+            run.teacher, model, reference["windows"][:1], output_scales(run.paths.root / name)
+        )
 
 
 def _reference_file(folder: Path, dataset: str) -> Path:

@@ -7,23 +7,25 @@ from typing import Any
 
 import torch
 
-from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
 from transmla.export.reload_check import verify_export
-from transmla.run.artifacts import is_current, make
+from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
 from transmla.sources.local_model import load_model
 
+MAKING = "recover.py recipe=..."  # what makes an artifact that is missing
+
 
 def export(run: Run) -> None:
     """The final checkpoint, published only when a fresh process agrees with the student."""
-    _require(run.paths.student, run.digests.student, "export")
+    agreed(run, lambda: require(run.paths.student, run.digests.student, "export", MAKING))
 
     def build(scratch: Path, metadata: dict[str, Any]) -> None:
         chosen = run.prepared.export
         if not chosen.stock:
             run.say(f"[export] {chosen.describe(run.recipe.export)}")
+        require_unharmed(run.paths.student)
         student = load_model(run.paths.student, run.dtype, "cpu")
         save = save_deepseek if chosen.stock else save_own_class
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
@@ -36,7 +38,9 @@ def export(run: Run) -> None:
 
 def verify(run: Run) -> None:
     """Check an existing export again."""
-    _require(run.paths.exported, run.digests.export, "verify")
+    agreed(run, lambda: require(run.paths.student, run.digests.student, "verify", MAKING))
+    agreed(run, lambda: require(run.paths.exported, run.digests.export, "verify", MAKING))
+    agreed(run, lambda: require_unharmed(run.paths.exported))
     if run.state.is_main_process:
         difference = _check_reload(run, run.paths.exported)
         run.say(f"[verify] max |difference of log-probabilities| {difference:.2e}")
@@ -54,13 +58,6 @@ def _check_reload(run: Run, folder: Path) -> float:
     section, evaluated = run.recipe.export.verify, run.recipe.evaluate
     length = min(section.tokens, evaluated.max_length)
     tokens = token_windows_of(run, evaluated.data[:1], "evaluate", tokens=section.tokens, length=length)
+    require_unharmed(run.paths.student)
     student = load_model(run.paths.student, torch.float32, "cpu")
     return verify_export(folder, student, tokens, section, export_dtype(run), stock=run.prepared.export.stock)
-
-
-def _require(folder: Path, digest: str, verb: str) -> None:
-    if not is_current(folder, digest):
-        raise RecipeError(
-            "recipe",
-            f"{verb} needs {folder}, which is missing or of other settings; run recover.py recipe=... first",
-        )

@@ -1,4 +1,4 @@
-"""Artifacts: directories that appear whole or not at all, with a record of what made them."""
+"""Fingerprints: digests of the settings and inputs that an artifact is made from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from transmla.data.definition import find_definition
+from transmla.data.definition import DataDefinition, find_definition, format_of
 from transmla.data.loading import local_files
 from transmla.measure.tasks import digests
 from transmla.plan.checks import Prepared
@@ -17,7 +18,9 @@ from transmla.recipe.data_lists import Part, data_names
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.stages import AnyStage
 from transmla.recipe.writing import Solve, Traces, is_synthetic
-from transmla.sources.kinds import identity
+from transmla.sources.file_digests import known_digests
+from transmla.sources.hub_commits import commit_of
+from transmla.sources.identity import identity
 
 
 def fingerprint(content: Any) -> str:
@@ -25,7 +28,7 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-FORMAT = 2  # raise it when the same settings would give another result than before
+FORMAT = 3  # raise it when the same settings would give another result than before
 
 # Keys of a trainer that change what is written or shown, not what is learned.
 COSMETIC = (
@@ -68,6 +71,30 @@ def _rows(stage: AnyStage) -> dict[str, int]:
     return {"rows": 2} if changed else {}
 
 
+# What may change of an entry of `write` without another sample being drawn, and what is looked at as content.
+NOT_SAMPLED = {"keep", "format", "tokens", "engine", "prefix_data", "problems"}
+
+
+def _shares(data: Sequence[str | Part]) -> list[Any]:
+    """Filters and weights of a `data` list, without names."""
+    return [None if isinstance(part, str) else part.model_dump(mode="json", exclude={"name"}) for part in data]
+
+
+def _content(definition: DataDefinition, folder: Path, key: str) -> list[Any]:
+    """A dataset's definition, and digests of its files or the commit of its hub repository."""
+    settings = definition.model_dump(mode="json", exclude={"about", "licence", "path", "local"})
+    if definition.hub is not None:
+        return [settings, commit_of(definition.hub, definition.revision, "dataset")]
+    files = local_files(definition, folder, key)
+    return [settings, list(zip(map(format_of, files), known_digests(files), strict=True))]
+
+
+def _template(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The content of a trainer's chat template where it is a file, instead of its place."""
+    file = Path(str(trainer.get("chat_template_path")))
+    return {"chat_template_path": known_digests([file])} if file.is_file() else {}
+
+
 class Fingerprints:
     """Digests of settings and inputs, each stage's containing the one before.
 
@@ -78,25 +105,24 @@ class Fingerprints:
         self.prepared = prepared
         self.recipe = prepared.recipe
 
+        self._contents: dict[str, list[Any]] = {}  # of datasets by name: a run looks at its inputs once
+
     def _data(self, data: Sequence[str | Part], key: str) -> list[Any]:
+        """What the datasets hold and how they are read, whatever they are called and wherever they lie."""
         found: list[Any] = []
         for name in data_names(data):
             if name.startswith("@"):
                 found.append(self.written(name.removeprefix("@")))
                 continue
-            definition, folder = find_definition(name, key)
-            files = [file.stat() for file in local_files(definition, folder, key)]
-            sizes = [[stat.st_size, stat.st_mtime_ns] for stat in files]
-            settings = definition.model_dump(mode="json", exclude={"about", "licence"})
-            if not definition.synthetic:  # a key that came later
-                del settings["synthetic"]
-            found.append([settings, sizes])
+            if name not in self._contents:
+                self._contents[name] = _content(*find_definition(name, key), key)
+            found.append(self._contents[name])
         return found
 
     def _problems(self, entry: Traces | Solve, key: str) -> list[Any]:
         """Which problems an entry means."""
         data = [] if entry.problems.data is None else self._data([entry.problems.data], f"{key}.problems.data")
-        return [entry.problems.model_dump(mode="json"), entry.skip, entry.limit, data]
+        return [entry.problems.model_dump(mode="json", exclude={"data"}), entry.skip, entry.limit, data]
 
     def _exams(self) -> list[Any]:
         exams = self.recipe.evaluate.solve
@@ -112,7 +138,7 @@ class Fingerprints:
         return fingerprint(
             {
                 "source": identity(self.recipe.model),
-                "settings": entry.model_dump(mode="json", exclude={"keep", "format", "tokens", "engine"}),
+                "settings": entry.model_dump(mode="json", exclude=NOT_SAMPLED),
                 "data": data,
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
@@ -135,7 +161,7 @@ class Fingerprints:
         return fingerprint(
             {
                 "input": self._model(model),
-                "settings": entry.model_dump(mode="json"),
+                "settings": entry.model_dump(mode="json", exclude={"problems"}),
                 "data": self._problems(entry, f"evaluate.solve.{index}"),
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
@@ -151,7 +177,8 @@ class Fingerprints:
                 "format": FORMAT,
                 "source": identity(self.recipe.model),
                 "geometry": asdict(self.prepared.geometry),
-                "convert": section.model_dump(mode="json"),
+                "convert": section.model_dump(mode="json", exclude={"calibration": {"data"}}),
+                "parts": _shares(section.calibration.data),
                 "data": self._data(section.calibration.data, "convert.calibration.data"),
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
@@ -163,7 +190,8 @@ class Fingerprints:
         if index < 0:
             return self.convert
         stage = self.recipe.recover[index]
-        settings = stage.model_dump(mode="json")
+        settings = stage.model_dump(mode="json", exclude={"data"})
+        settings["trainer"] |= _template(settings["trainer"])
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
         settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}
@@ -176,6 +204,7 @@ class Fingerprints:
             {
                 "input": self.stage(index - 1),
                 "stage": settings,
+                "parts": _shares(stage.data),
                 "data": self._data(stage.data, f"recover.{index}.data"),
             }
         )
@@ -190,8 +219,9 @@ class Fingerprints:
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
                 "data": self._data(stage.data, f"recover.{index}.data"),
-                "mixture": stage.model_dump(mode="json")["data"],
-                "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer},
+                "parts": _shares(stage.data),
+                "packing": {key: stage.trainer[key] for key in PREPARATION if key in stage.trainer}
+                | _template(stage.trainer),
                 "record": stage.record.model_dump(mode="json", exclude={"folder"}),
             }
             | _rows(stage)

@@ -33,12 +33,21 @@ class Paths:
         """The student after the last recovery stage."""
         return self.root / "recovered"
 
+    @property
+    def places(self) -> list[Path]:
+        """The folders in which artifacts are made."""
+        return [self.root, *(self.root / name for name in ("written", "stages", "evaluation"))]
+
+    def earlier_stage(self, index: int, kind: str) -> Path:
+        """The student after a recovery stage that is not the last one."""
+        return self.root / "stages" / f"{index}_{kind}"
+
     def stage(self, index: int) -> Path:
         """The student after recovery stage `index`; the last stage's is `recovered`, -1 is the conversion."""
         if index < 0:
             return self.converted
         last = index == len(self.recipe.recover) - 1
-        return self.recovered if last else self.root / "stages" / f"{index}_{self.recipe.recover[index].kind}"
+        return self.recovered if last else self.earlier_stage(index, self.recipe.recover[index].kind)
 
     @property
     def student(self) -> Path:

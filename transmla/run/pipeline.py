@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from transmla.run.context import Run
-from transmla.run.convert import convert
+from transmla.run.convert import convert, convert_where_needed
 from transmla.run.evaluate import evaluate
 from transmla.run.export import export, verify
+from transmla.run.lineage import arrange
 from transmla.run.preconditions import check_before_weights
 from transmla.run.record import record
 from transmla.run.recover import recover
-from transmla.run.write import write
+from transmla.run.write import write, write_where_needed
 
 Stage = Callable[[Run], None]
 
 # What each verb of the command line does, in order.
 PIPELINES: dict[str, list[Stage]] = {
-    "recover": [check_before_weights, write, convert, recover, export, evaluate],
-    "write": [write],
-    "convert": [convert],
-    "record": [record],
-    "export": [export],
-    "verify": [verify],
-    "evaluate": [evaluate],
+    "recover": [
+        arrange,
+        check_before_weights,
+        write_where_needed,
+        convert_where_needed,
+        recover,
+        export,
+        evaluate,
+    ],
+    "write": [arrange, write],
+    "convert": [arrange, convert],
+    "record": [arrange, record],
+    "export": [arrange, export],
+    "verify": [arrange, verify],
+    "evaluate": [arrange, evaluate],
 }
 
 

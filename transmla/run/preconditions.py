@@ -8,8 +8,8 @@ from transmla.errors import RecipeError
 from transmla.recipe.budget import rows_of_a_step, steps_of
 from transmla.recipe.stages import is_recorded, other_teacher
 from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
-from transmla.run.artifacts import current
 from transmla.run.context import Run
+from transmla.run.lineage import students_to_make
 from transmla.sources.fetch import fetch
 
 
@@ -26,9 +26,10 @@ def check_before_weights(run: Run) -> None:
 
 def _check_teachers(run: Run) -> None:
     """A teacher must read the source's tokens."""
+    wanted = students_to_make(run)
     for index, stage in enumerate(run.recipe.recover):
         other = other_teacher(stage)
-        if other is not None and not current(run, run.paths.stage(index), run.digests.stage(index)):
+        if other is not None and index in wanted:
             tokenizer = AutoTokenizer.from_pretrained(fetch(other))
             if tokenizer.get_vocab() != run.tokenizer.get_vocab():
                 raise RecipeError(
@@ -46,11 +47,13 @@ def _check_templates(run: Run) -> None:
 
 def _check_recordings(run: Run) -> None:
     """A recording must be there, of the same inputs, and long enough."""
+    wanted = students_to_make(run)
     for index, stage in enumerate(run.recipe.recover):
-        if not is_recorded(stage) or current(run, run.paths.stage(index), run.digests.stage(index)):
+        if not is_recorded(stage) or index not in wanted:
             continue
         key, folder = f"recover.{index}.record", run.paths.recording(index)
         recorded = RecordedTeacher(folder, key)
+        recorded.check_content()
         check_inputs(folder, recorded.index, key, settings=run.digests.recording(index))
         have = sum(len(shard["rows"]) for shard in recorded.index["shards"])
         processes = run.state.num_processes

@@ -3,90 +3,94 @@
 from __future__ import annotations
 
 import gc
-import os
-import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from transmla.data.rows import ROW, carry_rows
+from transmla.files import remove, save_whole
 from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.plan.memory import training_memory
 from transmla.recipe.stages import AnyStage, is_recorded, other_teacher
+from transmla.recover.checkpoints import last_checkpoint
+from transmla.recover.configuration import unchanged_configuration
 from transmla.recover.distill import DistillTrainer
 from transmla.recover.losses import Kept
 from transmla.recover.on_policy import train_on_policy
 from transmla.recover.stage import build_trainer, run_stage, tensorboard_folder, trainer_config
 from transmla.recover.teachers.shards import RecordedTeacher
-from transmla.run.artifacts import current, is_current, publishing, save_recipe, versions
+from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
 from transmla.run.context import Run
-from transmla.run.convert import output_scales, save_student
+from transmla.run.convert import output_scales, save_scales, save_student
 from transmla.run.datasets import training_data
+from transmla.run.lineage import students_to_make
 from transmla.sources.fetch import fetch
 from transmla.sources.local_model import load_model
 
 
 def recover(run: Run) -> None:
-    """Train every stage that is not current; an interrupted one goes on from its last checkpoint."""
+    """Train every stage that a later result needs; an interrupted one goes on from its last whole checkpoint."""
+    wanted = students_to_make(run)
     for index, stage in enumerate(run.recipe.recover):
-        _keep_earlier_result(run, index)
-        label = f"recover.{index} {stage.kind}"
-        if current(run, run.paths.stage(index), run.digests.stage(index)):
-            run.say(f"[{label}] unchanged, skipped")
-        else:
-            _recover_stage(run, index, label)
-
-
-def _keep_earlier_result(run: Run, index: int) -> None:
-    """A recipe that was lengthened: what was `recovered` is now an earlier stage, and still good."""
-    folder, digest = run.paths.stage(index), run.digests.stage(index)
-    if folder == run.paths.recovered or not current(run, run.paths.recovered, digest):
-        return
-    if run.state.is_main_process and not is_current(folder, digest):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(run.paths.recovered, folder)
-    run.state.wait_for_everyone()
+        label, folder = f"recover.{index} {stage.kind}", run.paths.stage(index)
+        if not unchanged(run, folder, run.digests.stage(index), label):
+            if index in wanted:
+                _recover_stage(run, index, label)
+            else:
+                run.say(f"[{label}] not there, and not needed: a later student is current")
+        if run.state.is_main_process:
+            remove(run.paths.checkpoints(index))  # also those of a run that was killed before it could
+        run.state.wait_for_everyone()
 
 
 def _recover_stage(run: Run, index: int, label: str) -> None:
-    digest = run.digests.stage(index)
-    _open_checkpoints(run, index, digest)
+    digest, before = run.digests.stage(index), run.paths.stage(index - 1)
+    checkpoint = _open_checkpoints(run, index, label)
     run.say(f"[{label}] ...")
     started = time.monotonic()
     reset_peak_memory(run.prepared.device)
-    student = load_model(run.paths.stage(index - 1), run.dtype, run.device)
+    agreed(run, lambda: require_unharmed(before))
+    student = load_model(before, run.dtype, run.device)
+    scales = output_scales(before)
     with tensorboard_folder(run.paths.logs):
-        result = _train(run, index, label, student)
+        result = _train(run, index, label, student, scales, checkpoint)
     if run.state.is_main_process:
         metadata = {"name": label, "fingerprint": digest, "versions": versions(), **result}
         metadata["processes"] = run.state.num_processes
         with publishing(run.paths.stage(index), metadata) as scratch:
             save_recipe(run.recipe, scratch)
             save_student(run, student, scratch)
+            save_scales(scales, scratch)
             metadata["seconds"] = round(time.monotonic() - started, 1)
             metadata["peak_memory_bytes"] = peak_memory(run.prepared.device)
         run.say(f"[{label}] {metadata['seconds']} s")
-        shutil.rmtree(run.paths.checkpoints(index))
     run.state.wait_for_everyone()
     del student
     gc.collect()
 
 
-def _open_checkpoints(run: Run, index: int, digest: str) -> None:
-    """The folder of a stage's checkpoints, without those of other settings or of another number of processes."""
-    if run.state.is_main_process:
-        folder = run.paths.checkpoints(index)
-        marker, wanted = folder / "fingerprint", f"{digest} {run.state.num_processes}"
-        if folder.is_dir() and (not marker.is_file() or marker.read_text() != wanted):
-            shutil.rmtree(folder)
+def _open_checkpoints(run: Run, index: int, label: str) -> Path | None:
+    """The checkpoint that a stage goes on from, if any. Those of other settings or of another number of processes are
+    removed."""
+    folder = run.paths.checkpoints(index)
+    marker, wanted = folder / "fingerprint", f"{run.digests.stage(index)} {run.state.num_processes}"
+
+    def look() -> Path | None:
+        if folder.exists() and (not marker.is_file() or marker.read_bytes() != wanted.encode()):
+            run.say(f"[{label}] {folder} is of other settings, or of another number of processes; it is removed")
+            remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(wanted)
-    run.state.wait_for_everyone()
+        save_whole(marker, wanted)
+        return last_checkpoint(folder, lambda text: run.say(f"[{label}] {text}"))
+
+    return agreed(run, look)
 
 
-def _train(run: Run, index: int, label: str, student: PreTrainedModel) -> dict[str, Any]:
+def _train(
+    run: Run, index: int, label: str, student: PreTrainedModel, scales: list[float], checkpoint: Path | None
+) -> dict[str, Any]:
     """Train a student in place; what its metadata keeps: tokens, log, the checkpoint that it went on from."""
     stage, data, folder = run.recipe.recover[index], training_data(run, index), run.paths.checkpoints(index)
     settings: dict[str, Any] = {
@@ -95,28 +99,31 @@ def _train(run: Run, index: int, label: str, student: PreTrainedModel) -> dict[s
         "dtype": run.dtype,
         "processes": run.state.num_processes,
     }
+    key = f"recover.{index}"
     if stage.kind == "on_policy":
-        key = f"recover.{index}.data"
-        return train_on_policy(stage, student, run.teacher, run.tokenizer, data, folder, key=key, **settings)
+        models = student, run.teacher
+        return train_on_policy(stage, *models, run.tokenizer, data, folder, checkpoint, key=key, **settings)
     config = trainer_config(stage, folder, **settings)
     if stage.kind == "distill" and stage.keep_teacher and run.state.num_processes > 1:
         run.say(
             f"[{label}] keep_teacher is for one process; of {run.state.num_processes}, the teacher reads every batch"
         )
-    trainer = build_trainer(
-        stage,
-        student,
-        _teacher_of(run, stage),
-        run.tokenizer,
-        config,
-        data,
-        scales=output_scales(run),
-        reserve=_reserved_memory(run, stage),
-        key=f"recover.{index}",
-    )
-    if isinstance(trainer, DistillTrainer) and is_recorded(stage):
-        _read_recording(run, index, trainer)
-    return run_stage(trainer, run.dtype)
+    teacher = _teacher_of(run, stage)
+    with unchanged_configuration(student, teacher):
+        trainer = build_trainer(
+            stage,
+            student,
+            teacher,
+            run.tokenizer,
+            config,
+            data,
+            scales=scales,
+            reserve=_reserved_memory(run, stage),
+            key=key,
+        )
+        if isinstance(trainer, DistillTrainer) and is_recorded(stage):
+            _read_recording(run, index, trainer)
+        return run_stage(trainer, run.dtype, checkpoint, key=key)
 
 
 def _teacher_of(run: Run, stage: AnyStage) -> PreTrainedModel | None:

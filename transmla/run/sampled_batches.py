@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from transmla.files import fsync
+from transmla.files import fsync, remove, save_whole
 from transmla.generate.sampler import Sample, Sampler, batch_seed
 from transmla.recipe.writing import Sampling
 
@@ -35,6 +36,21 @@ class Place:
 Batches = dict[int, Place]
 
 
+def _check(row: dict[str, Any]) -> str:
+    """Digest of a batch's line, which is in it as `check`."""
+    content = {name: value for name, value in row.items() if name != "check"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A batch's line; None of one that is not as it was written."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and row.get("check") == _check(row) else None
+
+
 class SampledBatches:
     """The finished batches: one file per process, one line per batch, synced while the next batch is sampled.
 
@@ -47,16 +63,24 @@ class SampledBatches:
         self._found: Batches = {}
         self._read: dict[Path, int] = {}  # bytes of every file that were looked at
 
-    def open(self) -> None:
-        """Make the folder, by one process: clear what is of other settings, cut off a line that a crash left."""
+    def open(self) -> int:
+        """Make the folder, by one process: clear what is of other settings, and lines that are cut off or damaged.
+
+        Returns:
+            how many lines were not as they were written; their batches are missing now.
+        """
         marker = self.folder / "fingerprint"
-        if not marker.is_file() or marker.read_text() != self.digest:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            marker.write_text(self.digest)
+        if not marker.is_file() or marker.read_bytes() != self.digest.encode():
+            remove(self.folder)
+            save_whole(marker, self.digest)
+        broken = 0
         for file in self.folder.glob("*.jsonl"):
-            with file.open("rb+") as content:
-                content.truncate(content.read().rfind(b"\n") + 1)
+            lines = file.read_bytes().splitlines(keepends=True)
+            good = [line for line in lines if line.endswith(b"\n") and _row(line) is not None]
+            if len(good) < len(lines):
+                broken += len(lines) - len(good)
+                save_whole(file, b"".join(good).decode())
+        return broken
 
     def index(self) -> Batches:
         """The batches that are there; reads only what was added since the last call."""
@@ -65,7 +89,8 @@ class SampledBatches:
             with file.open("rb") as lines:
                 lines.seek(offset)
                 for line in lines:
-                    row = json.loads(line)
+                    row = _row(line)
+                    assert row is not None, "the folder was opened, which clears what is broken"
                     tokens = sum(len(sampled) + finished for sampled, finished in row["samples"])
                     self._found[row["batch"]] = Place(file, offset, tokens, row["seconds"])
                     offset += len(line)
@@ -90,7 +115,7 @@ class SampledBatches:
         with file.open("a") as lines:
             content = [[sample.tokens, sample.finished] for sample in samples]
             row = {"batch": batch, "seconds": round(seconds, 2), "samples": content}
-            lines.write(json.dumps(row, separators=(",", ":")) + "\n")
+            lines.write(json.dumps(row | {"check": _check(row)}, separators=(",", ":")) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
         if new:
@@ -116,8 +141,8 @@ def sample_missing(
         missing: from the batches that are there, the numbers of those to sample next; asked again after each round.
         seed, name: a batch's own seed follows from them and its number.
     """
-    if state.is_main_process:
-        batches.open()
+    if state.is_main_process and (broken := batches.open()):
+        state.print(f"[{name}] {broken} batches were cut off or damaged; they are sampled again", flush=True)
     chosen: Sampler | None = None
     while True:
         wanted = [missing(batches.index()) if state.is_main_process else []]

@@ -18,20 +18,32 @@ from transmla.generate.sampler import ModelSampler, Sampler
 from transmla.generate.text_rows import TEXT_COUNTS, TRACE_COUNTS, definition_of, text_rows, trace_rows
 from transmla.generate.vllm_sampler import VllmSampler
 from transmla.recipe.writing import AnyWriting, Sampling, Text, Traces
-from transmla.run.artifacts import current, make
+from transmla.run.artifacts import make, unchanged
 from transmla.run.context import Run
 from transmla.run.datasets import DEFINITION, ROWS, resolve
 from transmla.run.fingerprints import fingerprint
+from transmla.run.lineage import texts_to_make
 from transmla.run.sampled_batches import SampledBatches, all_of, enough, sample_missing, until
 
 
 def write(run: Run) -> None:
     """Everything that the recipe's `write` names; generation is split over the processes, the first puts it
     together."""
+    _write(run, {entry.name for entry in run.recipe.write})
+
+
+def write_where_needed(run: Run) -> None:
+    """What of the recipe's `write` is read by what is to be made, or by nothing."""
+    _write(run, texts_to_make(run))
+
+
+def _write(run: Run, names: set[str]) -> None:
     for index, entry in enumerate(run.recipe.write):
         folder, digest = run.paths.written(entry.name), run.digests.written(entry.name)
-        if current(run, folder, digest):
-            run.say(f"[write {entry.name}] unchanged, skipped")
+        if unchanged(run, folder, digest, f"write {entry.name}"):
+            continue
+        if entry.name not in names:
+            run.say(f"[write {entry.name}] not there, and not needed: what is made of it is current")
         elif isinstance(entry, Traces):
             _write_traces(run, entry, f"write.{index}", folder, digest)
         else:

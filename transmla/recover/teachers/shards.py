@@ -13,7 +13,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from transmla.data.rows import TEACHER_ONLY
 from transmla.errors import RecipeError
-from transmla.files import PARTIAL, fsync, save_whole
+from transmla.files import PARTIAL, fsync, read_json, save_whole
+from transmla.sources.file_digests import known_digests
 
 INDEX = "index.json"
 
@@ -105,10 +106,38 @@ def data_digest(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a recording, or None: `inputs` (what it was made from) and `shards`."""
+def _index_digest(index: dict[str, Any]) -> str:
+    content = {name: value for name, value in index.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_index(folder: Path, key: str = "recover.N.record") -> dict[str, Any] | None:
+    """The index of a recording: `inputs` (what it was made from) and `shards`; None where nothing is recorded.
+
+    Raises:
+        RecipeError: it is not what was written.
+    """
     file = folder / INDEX
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    index = read_json(file)
+    if not isinstance(index, dict) or index.get("sha256") != _index_digest(index):
+        raise RecipeError(key, f"{file} is damaged; remove {folder} and run transmla record again")
+    return index
+
+
+def _damaged(
+    folder: Path, shards: Sequence[dict[str, Any]], digests: Callable[[list[Path]], Sequence[str]]
+) -> list[str]:
+    """The files of shards that are missing, cut off or of another content than was written."""
+    there = []
+    for shard in shards:
+        file = folder / shard["file"]
+        if file.is_file() and file.stat().st_size == sum(shard["bytes"]):
+            there.append(shard)
+    found = digests([folder / shard["file"] for shard in there])
+    good = {shard["file"] for shard, digest in zip(there, found, strict=True) if digest == shard["sha256"]}
+    return [shard["file"] for shard in shards if shard["file"] not in good]
 
 
 def check_inputs(folder: Path, index: dict[str, Any], key: str, **wanted: object) -> None:
@@ -129,6 +158,8 @@ def check_inputs(folder: Path, index: dict[str, Any], key: str, **wanted: object
 class ShardAppender:
     """Appends shards to a recording. A shard and its entry in the index appear whole or not at all.
 
+    Shards that are damaged are left out, so that their rows are recorded again.
+
     Args:
         inputs: what the recording is made from; an existing one must be equal.
         key: recipe key, for errors.
@@ -139,12 +170,14 @@ class ShardAppender:
 
     def __init__(self, folder: Path, inputs: dict[str, Any], key: str) -> None:
         self.folder = folder
-        index = read_index(folder)
+        index = read_index(folder, key)
         if index is None:
             folder.mkdir(parents=True, exist_ok=True)
             index = {"inputs": {"format": FORMAT, **inputs}, "shards": []}
         self.index: dict[str, Any] = index
         check_inputs(folder, index, key, **inputs)
+        damaged = _damaged(folder, index["shards"], known_digests)
+        index["shards"] = [shard for shard in index["shards"] if shard["file"] not in damaged]
 
     @property
     def rows(self) -> set[int]:
@@ -153,7 +186,8 @@ class ShardAppender:
 
     def add(self, rows: Sequence[int], counts: Sequence[int], blobs: Sequence[bytes]) -> None:
         """Write one shard. counts: scored positions of each row; blobs: its `encode`."""
-        name = f"{len(self.index['shards']):05d}.bin"
+        names = {shard["file"] for shard in self.index["shards"]}
+        name = next(name for number in range(len(names) + 1) if (name := f"{number:05d}.bin") not in names)
         content = b"".join(blobs)
         partial = self.folder / f"{PARTIAL}-{name}"
         partial.write_bytes(content)
@@ -168,6 +202,7 @@ class ShardAppender:
                 "bytes": [len(blob) for blob in blobs],
             }
         )
+        self.index["sha256"] = _index_digest(self.index)
         save_whole(self.folder / INDEX, json.dumps(self.index))
         fsync(self.folder)
 
@@ -185,7 +220,7 @@ class RecordedTeacher:
 
     def __init__(self, folder: str | Path, key: str = "recover.N.teacher") -> None:
         self.folder, self.key = Path(folder), key
-        index = read_index(self.folder)
+        index = read_index(self.folder, key)
         if index is None:
             raise RecipeError(key, f"no recording in {folder}; run transmla record first, or use teacher: source")
         self.index: dict[str, Any] = index
@@ -195,7 +230,7 @@ class RecordedTeacher:
         for number, shard in enumerate(index["shards"]):
             file = self.folder / shard["file"]
             if not file.is_file() or file.stat().st_size != sum(shard["bytes"]):
-                raise RecipeError(key, f"{file} is missing or cut off; remove {folder} and run transmla record again")
+                raise RecipeError(key, f"{file} is missing or cut off; run transmla record again")
             end = 0
             for row, size in zip(shard["rows"], shard["bytes"], strict=True):
                 self._where[row] = (number, end, end + size)
@@ -204,6 +239,15 @@ class RecordedTeacher:
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def check_content(self) -> None:
+        """Refuse a recording that is damaged, before a model is loaded; shards that have not changed are not read.
+
+        Raises:
+            RecipeError: names the first damaged shard.
+        """
+        if damaged := _damaged(self.folder, self.index["shards"], known_digests):
+            raise RecipeError(self.key, f"{self.folder / damaged[0]} is damaged; run transmla record again")
 
     def check(self, tokenizer: PreTrainedTokenizerBase, data: Dataset) -> None:
         """Refuse a recording of another vocabulary or of another packed dataset than a trainer's.
@@ -240,8 +284,6 @@ class RecordedTeacher:
             with (self.folder / shard["file"]).open("rb") as file:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             if hashlib.sha256(mapped).hexdigest() != shard["sha256"]:
-                raise RecipeError(
-                    self.key, f"{file.name} is damaged; remove {self.folder} and run transmla record again"
-                )
+                raise RecipeError(self.key, f"{file.name} is damaged; run transmla record again")
             self._maps[number] = mapped
         return self._maps[number][start:end]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,37 +111,36 @@ def record_teacher(
         RecipeError: the folder holds a recording of something else.
     """
     k = min(stage.record.top_k, vocabulary)
-    with tempfile.TemporaryDirectory() as work:
-        config = trainer_config(stage, Path(work), seed=seed, device=device, dtype=dtype, processes=1)
-        trainer = packed_trainer(data, tokenizer, config)
-        packed: Dataset = trainer.train_dataset
-        inputs = inputs | {
-            "vocabulary": vocabulary_digest(tokenizer),
-            "packed data": data_digest(packed),
-            "top_k": k,
-            "dtype": stage.record.dtype,
-        }
-        shards = ShardAppender(folder, inputs, key)
-        shards.index["data_rows"] = len(packed)
-        done, teacher = shards.rows, None
-        rows, counts, blobs = [], [], []
-        for batch in training_batches(trainer, rows_needed(stage, len(packed))):
-            if set(batch[ROW]) <= done:
-                continue
-            teacher = teacher or load_teacher()
-            sizes = positions_by_row(trainer, batch[ROW])
-            ids, logp = top_log_probabilities(teacher, batch, k)
-            for row, own, scores in zip(batch[ROW], ids.split(sizes), logp.split(sizes), strict=True):
-                if row not in done:
-                    done.add(row)
-                    rows.append(row)
-                    counts.append(len(own))
-                    blobs.append(encode(own, scores, stage.record.dtype))
-            if sum(counts) >= SHARD_POSITIONS:
-                shards.add(rows, counts, blobs)
-                rows, counts, blobs = [], [], []
-        if rows:
+    config = trainer_config(stage, folder, seed=seed, device=device, dtype=dtype, processes=1)
+    trainer = packed_trainer(data, tokenizer, config)
+    packed: Dataset = trainer.train_dataset
+    inputs = inputs | {
+        "vocabulary": vocabulary_digest(tokenizer),
+        "packed data": data_digest(packed),
+        "top_k": k,
+        "dtype": stage.record.dtype,
+    }
+    shards = ShardAppender(folder, inputs, key)
+    shards.index["data_rows"] = len(packed)
+    done, teacher = shards.rows, None
+    rows, counts, blobs = [], [], []
+    for batch in training_batches(trainer, rows_needed(stage, len(packed))):
+        if set(batch[ROW]) <= done:
+            continue
+        teacher = teacher or load_teacher()
+        sizes = positions_by_row(trainer, batch[ROW])
+        ids, logp = top_log_probabilities(teacher, batch, k)
+        for row, own, scores in zip(batch[ROW], ids.split(sizes), logp.split(sizes), strict=True):
+            if row not in done:
+                done.add(row)
+                rows.append(row)
+                counts.append(len(own))
+                blobs.append(encode(own, scores, stage.record.dtype))
+        if sum(counts) >= SHARD_POSITIONS:
             shards.add(rows, counts, blobs)
+            rows, counts, blobs = [], [], []
+    if rows:
+        shards.add(rows, counts, blobs)
     index = shards.index["shards"]
     return {
         "rows": sum(len(shard["rows"]) for shard in index),

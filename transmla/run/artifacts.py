@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from transmla import __version__
 from transmla.files import PARTIAL, fsync, fsync_tree
 from transmla.hardware import peak_memory, reset_peak_memory
+from transmla.recipe.interpolations import as_written
 from transmla.recipe.schema import Recipe
 from transmla.run.context import Run
 
@@ -68,7 +69,7 @@ def versions() -> dict[str, str]:
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
     """The recipe beside what it made."""
-    OmegaConf.save(OmegaConf.create(recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
+    OmegaConf.save(OmegaConf.create(as_written(recipe)), folder / "recipe.yaml")
 
 
 def current(run: Run, folder: Path, digest: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from transmla.errors import RecipeError
+from transmla.recipe.system import require_linux
 
 VERBS = {
     "recover": "run the whole recipe: write, convert, recover, export, evaluate, report",
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb = RENAMED.get(verb, verb)
     try:
+        require_linux()
         if verb not in VERBS:
             raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
         if verb == "env":

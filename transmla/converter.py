@@ -23,6 +23,7 @@ if __name__ == "__main__" and not __package__:  # run as a file
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
 
 from transmla.errors import RecipeError
+from transmla.recipe.system import require_linux
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Recipe keys by the argument that sets them: errors name what the user typed.
@@ -97,8 +98,8 @@ def _ratio(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"give a number above 0, got {text!r}")
+    if not 1e-3 <= value <= 1e3:
+        raise argparse.ArgumentTypeError(f"give a number from 0.001 to 1000, got {text!r}")
     return value
 
 
@@ -215,10 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 2 for a user's mistake, printed as one line that names the argument and the fix.
     """
     try:
+        require_linux()
         _run(parser().parse_args(arguments))
     except RecipeError as error:
         key = ARGUMENTS.get(error.key, error.key)
-        print(f"error: {key}: {_in_arguments(str(error).removeprefix(f'{error.key}: '))}", file=sys.stderr, flush=True)
+        print(f"error: {key}: {_in_arguments(error.problem)}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -186,7 +186,7 @@ MISTAKES = {
     "wrong device": (["--device", "tpu"], "--device", "cuda:N"),
     "no CUDA": (["--device", "cuda"], "--device", "no CUDA"),
     "wrong method": (["--method", "magic"], "--method", "transmla"),
-    "wrong ratio": (["--balance-kv-ratio", "-1"], "--balance-kv-ratio", "above 0"),
+    "wrong ratio": (["--balance-kv-ratio", "-1"], "--balance-kv-ratio", "from 0.001 to 1000"),
     "rank too high": (["--kv-lora-rank", "65"], "--kv-lora-rank", "at most 64"),
     "query rank too high": (["--q-lora-rank", "65"], "--q-lora-rank", "at most 64"),
     "odd rope": (["--qk-mqa-dim", "7"], "--qk-mqa-dim", "odd"),
@@ -200,7 +200,7 @@ MISTAKES = {
     "negative seed": (["--seed", "-1"], "--seed", "at least 0"),
     "no such model": (["--model-path", "./nowhere"], "--model-path", "config.json"),
     "a full folder": (["--save-path", str(Path(__file__).parent)], "--save-path", "no converted model"),
-    "a file": (["--save-path", __file__], "--save-path", "no converted model"),
+    "a file": (["--save-path", __file__], "--save-path", "is a file"),
 }
 
 

@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -65,13 +65,13 @@ def read_questions(task: ChoiceTask, key: str) -> list[Question]:
         RecipeError: the file is missing, empty or broken; names the line.
     """
     assert task.path is not None
-    file = Path(task.path)
+    file = Path(task.path).expanduser()
     if not file.is_file():
         raise RecipeError(key, f"no such file: {file}; correct the path")
     questions: list[Question] = []
     number = 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        with _opened(file) as lines:
             for line in lines:
                 number += 1
                 if line.strip():
@@ -89,6 +89,13 @@ def read_questions(task: ChoiceTask, key: str) -> list[Question]:
     return questions[: task.limit]
 
 
+def _opened(file: Path) -> TextIO:
+    """A file's lines, without the mark that some editors put before the first."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    return file.open(encoding="utf-8-sig")
+
+
 def _question(row: Any) -> Question:
     form = 'a row is {"ctx": text, "choices": [two texts or more], "gold": index}'
     if not isinstance(row, dict) or not {"ctx", "choices", "gold"} <= set(row):
@@ -97,6 +104,8 @@ def _question(row: Any) -> Question:
     texts = isinstance(choices, list) and all(isinstance(choice, str) and choice.strip() for choice in choices)
     if not isinstance(ctx, str) or not texts or len(choices) < 2:
         raise ValueError(form)
+    if len({choice.strip() for choice in choices}) < len(choices):
+        raise ValueError("two of its choices are the same text, so that no model can be right by knowing")
     if type(gold) is not int or not 0 <= gold < len(choices):
         raise ValueError(f"gold {gold!r} is no index of the {len(choices)} choices, counted from 0")
     return Question(ctx, choices, gold)
@@ -125,10 +134,8 @@ def check_tasks(section: Evaluate, *, online: bool) -> None:
 
 def digests(section: Evaluate) -> list[str | None]:
     """Of every task the digest of its file's content, so that an evaluation is made again when the file changes."""
-    files = [task.path or task.task for task in section.tasks]
-    return [
-        hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None for file in files if file
-    ]
+    files = [Path(task.path or task.task or "").expanduser() for task in section.tasks]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for file in files]
 
 
 def answer(

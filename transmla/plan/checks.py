@@ -13,11 +13,14 @@ from transmla.errors import RecipeError
 from transmla.export.formats import Format
 from transmla.geometry import MLAGeometry
 from transmla.hardware import resolve_device, resolve_dtype
+from transmla.plan.budget_checks import check_budgets
 from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.data_checks import check_data
 from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.memory import Sizes, count_parameters
+from transmla.plan.model_facts import check_facts_of_recipe
+from transmla.plan.output_folder import check_output_folder, output_folder
 from transmla.plan.stage_checks import check_stages
 from transmla.recipe.schema import Recipe
 
@@ -53,13 +56,16 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
             "device", "several GPUs are visible to one process; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
         )
     dtype = resolve_dtype(recipe.dtype, device)
+    check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
     sizes = count_parameters(found.config, found.student)
     kinds = check_data(recipe, found.config.max_position_embeddings)
-    check_stages(recipe, found.config, device)
-    check_evaluation(recipe)
-    output = Path(recipe.output_dir.replace("{name}", recipe.name))
+    check_stages(recipe, found.config, device, dtype, kinds)
+    check_budgets(recipe, found.config, sizes)
+    check_evaluation(recipe, found.config.max_position_embeddings)
+    output = output_folder(recipe)
     if not recipe.dry_run:
+        check_output_folder(output)
         check_disk(recipe, sizes, found.config, dtype, output)
     return Prepared(
         recipe=recipe,

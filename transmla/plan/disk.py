@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,39 +14,78 @@ from transformers import PretrainedConfig
 from transmla.convert.refit import stream_bytes
 from transmla.hardware import require_disk
 from transmla.plan.memory import Sizes
+from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Recipe
+from transmla.recipe.stages import AnyStage
+from transmla.recipe.writing import Solve, Traces
+from transmla.recover.arguments import DEFAULTS
 
 
-def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that a whole run needs at its fullest: every model, the teacher's states, one stage's checkpoints, and what
-    the teacher writes or says: its text, as it was drawn and as rows, and recorded distributions."""
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of what a run writes. model: a student. states: of the teacher, with which models are compared.
+    checkpoints: of every recovery stage, while it trains. written: text and replies. recorded: distributions."""
+
+    model: int
+    exported: int
+    states: int
+    checkpoints: list[int]
+    written: int
+    recorded: int
+
+    @property
+    def total(self) -> int:
+        """Of a whole run at its fullest: one stage's checkpoints at a time."""
+        models = (1 + len(self.checkpoints)) * self.model + self.exported
+        return models + self.states + max(self.checkpoints, default=0) + self.written + self.recorded
+
+
+def bytes_by_artifact(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> Bytes:
+    """What every part of a run takes."""
     width = torch.finfo(dtype).bits // 8
-    models = (1 + len(recipe.recover)) * width * sizes.student
     export_width = (
         width if recipe.export.dtype == "auto" else torch.finfo(getattr(torch, recipe.export.dtype)).bits // 8
     )
-    exported = export_width * (sizes.student + config.vocab_size * config.hidden_size)  # the head is never tied
     states = len(recipe.evaluate.data) * (recipe.evaluate.tokens + config.vocab_size) * config.hidden_size * width
-    checkpoints = 0
-    for stage in recipe.recover:
-        trained = sizes.trained(stage)
-        one = 12 * trained + width * (sizes.student - trained)  # float32 masters, two moments; the rest as it is
-        kept = int(stage.trainer.get("save_total_limit") or 2) + 1  # the newest is whole before the oldest goes
-        checkpoints = max(checkpoints, kept * one)
-    return models + exported + states + checkpoints + _written_bytes(recipe) + _recorded_bytes(recipe)
+    return Bytes(
+        model=width * sizes.student,
+        exported=export_width * (sizes.student + config.vocab_size * config.hidden_size),  # the head is never tied
+        states=states,
+        checkpoints=[_checkpoint_bytes(stage, sizes, width) for stage in recipe.recover],
+        written=_written_bytes(recipe),
+        recorded=_recorded_bytes(recipe),
+    )
+
+
+def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that a whole run needs at its fullest, when nothing of it is there yet."""
+    return bytes_by_artifact(recipe, sizes, config, dtype).total
+
+
+def _checkpoint_bytes(stage: AnyStage, sizes: Sizes, width: int) -> int:
+    """Of all checkpoints of a stage that are there at a time."""
+    trained, trainer = sizes.trained(stage), stage.trainer
+    one = 12 * trained + width * (sizes.student - trained)  # float32 masters, two moments; the rest as it is
+    if trainer.get("save_strategy") == "no":
+        return 0
+    steps, every = steps_of(stage, 1), float(trainer.get("save_steps", DEFAULTS["save_steps"]))
+    saved = math.ceil(1 / every) if every < 1 else steps // int(every) + 1
+    kept = trainer.get("save_total_limit", DEFAULTS["save_total_limit"])
+    return one * (saved if kept is None else min(saved, kept + 1))  # the newest is whole before the oldest goes
 
 
 def _written_bytes(recipe: Recipe) -> int:
-    """Rough bytes of `write`, at most: a token is some 6 as a number, there twice, and 5 as text. How many problems a
-    data set has is not known here: its traces count where `limit` says."""
-    tokens = 0
-    for entry in recipe.write:
-        if entry.kind == "text":
-            tokens += entry.tokens
-        else:
-            size = entry.problems.size if entry.problems.data is None else entry.limit or 0
-            tokens += entry.samples * entry.max_new_tokens * min(size, entry.limit or size)
-    return 17 * tokens
+    """Rough bytes of `write` and of replies to `evaluate.solve`, at most: a token is some 6 as a number, there twice,
+    and 5 as text. How many problems a data set has is not known here: its replies count where `limit` says."""
+    tokens = sum(entry.tokens if entry.kind == "text" else _tokens_of_replies(entry) for entry in recipe.write)
+    models = 3 + bool(recipe.recover)  # teacher, converted and exported answer, and recovered where there is one
+    replies = models * sum(_tokens_of_replies(entry) for entry in recipe.evaluate.solve)
+    return 17 * tokens + 12 * replies
+
+
+def _tokens_of_replies(entry: Traces | Solve) -> int:
+    size = entry.problems.size if entry.problems.data is None else entry.limit or 0
+    return entry.samples * entry.max_new_tokens * min(size, entry.limit or size)
 
 
 def _recorded_bytes(recipe: Recipe) -> int:
@@ -55,15 +97,39 @@ def _recorded_bytes(recipe: Recipe) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Made:
+    """One artifact that a run is to make. new: its bytes. old: of what it replaces. beside: of what is there only while
+    it is made."""
+
+    new: int
+    old: int = 0
+    beside: int = 0
+
+
+def peak_of(artifacts: Iterable[Made]) -> int:
+    """Most bytes that making artifacts in this order takes beside what is there: each replaces an older one when it is
+    whole, not before."""
+    taken = most = 0
+    for artifact in artifacts:
+        most = max(most, taken + artifact.beside + artifact.new)
+        taken += artifact.new - artifact.old
+    return most
+
+
 def check_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype, output: Path) -> None:
     """Check that what a run needs is free, beside what is below `output` already.
+
+    Which of that is still good, and which stands until its replacement is whole, is seen later (transmla.run.room).
 
     Raises:
         RecipeError: it is not.
     """
     there = sum(file.stat().st_size for file in output.rglob("*.safetensors")) if output.is_dir() else 0
-    missing = bytes_on_disk(recipe, sizes, config, dtype) - there
-    require_disk(output, max(missing, 0))
+    needed = bytes_by_artifact(recipe, sizes, config, dtype)
+    parts = {"evaluate.tokens": needed.states, "write": needed.written, "recover": needed.recorded}
+    blamed = next((key for key, size in parts.items() if size > needed.total / 2), "output_dir")
+    require_disk(output, needed.total - there, blamed)
     if recipe.convert.refit:
         streams = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
         require_disk(Path(tempfile.gettempdir()), streams, "convert.refit")

@@ -8,12 +8,18 @@ from transmla.recipe.evaluation import AVERAGE
 from transmla.recipe.schema import Recipe
 
 
-def check_evaluation(recipe: Recipe) -> None:
-    """Check tasks and thresholds.
+def check_evaluation(recipe: Recipe, positions: int) -> None:
+    """Check prompts, tasks and thresholds. positions: of the model.
 
     Raises:
         RecipeError: the first that would fail later.
     """
+    length = recipe.evaluate.max_new_tokens
+    if recipe.evaluate.prompts and 1 + length > positions:
+        raise RecipeError(
+            "evaluate.max_new_tokens",
+            f"{length} after a prompt is above the {positions} positions of the model; lower it",
+        )
     check_tasks(recipe.evaluate, online=not recipe.dry_run)
     check_requirements(recipe)
 

@@ -51,6 +51,11 @@ def count_parameters(config: PretrainedConfig, student_config: PretrainedConfig)
 
 def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Rough bytes a device needs for a stage without sharding: weights, gradients, AdamW, activations, logits."""
+    return _weights(stage, sizes, dtype) + step_memory(stage, sizes, config, dtype)
+
+
+def _weights(stage: AnyStage, sizes: Sizes, dtype: torch.dtype) -> int:
+    """Bytes of student and teacher when training begins: trained weights in float32, a shared trunk once."""
     width = torch.finfo(dtype).bits // 8
     everything = stage.train == "all"
     trained = sizes.trained(stage)
@@ -58,8 +63,13 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     teacher = 0 if stage.kind == "sft" or (stage.kind == "distill" and stage.teacher == "recorded") else sizes.source
     if teacher == 0 or (stage.kind == "distill" and not isinstance(stage.teacher, str)):
         shared = 0  # another teacher's own size is not known here: it is taken for the source's
-    weights = width * (teacher + sizes.student - shared) + (4 - width) * trained  # trained weights in float32
-    optimizer = 12 * trained  # gradient and two moments in float32
+    return width * (teacher + sizes.student - shared) + (4 - width) * trained
+
+
+def step_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Rough bytes that a step needs besides the weights: gradients, AdamW's moments, activations, logits."""
+    width = torch.finfo(dtype).bits // 8
+    optimizer = 12 * sizes.trained(stage)  # gradient and two moments in float32
     tokens = micro_batch(stage)
     checkpointing = stage.trainer.get("gradient_checkpointing", False)
     # Numbers saved for the backward pass by token and layer: the attention's alone, or the whole layer's; a compiled
@@ -75,4 +85,4 @@ def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dty
     logits = 3 * min(tokens, 1024) * config.vocab_size * 4 if stage.kind in ("distill", "sft") else 0
     if stage.kind == "on_policy":  # a tile of logits of each model, and the gradients of the head's input
         logits = 3 * min(tokens, 4096) * min(config.vocab_size, 32768) * 4
-    return weights + optimizer + activations + logits
+    return optimizer + activations + logits

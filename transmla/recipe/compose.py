@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transmla.errors import RecipeError
+from transmla.recipe.folder_name import as_folder_name
 from transmla.recipe.keys import check_file, check_override
 from transmla.recipe.names import ZOO, recipe_file, share
 from transmla.recipe.schema import Recipe
@@ -33,6 +34,10 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             chosen.append(override)
         else:
             check_override(key)
+            if key in groups and value.isidentifier():
+                raise RecipeError(
+                    key, f"there is no {value} in recipes/{key}; there are: {', '.join(sorted(groups[key]))}"
+                )
             assigned.append(override)
     file = recipe_file(recipe)
     check_file(file)
@@ -40,8 +45,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     from transmla.recipe.hydra_tree import compose_tree  # Hydra, which takes half of a short command's time
 
     tree = compose_tree(file, recipe, chosen, assigned)
-    tree.setdefault("name", Path(recipe).stem)
-    return validate_recipe(tree)
+    validated = validate_recipe({"name": as_folder_name(Path(recipe).stem), **tree.values})
+    validated._interpolations.update(tree.written)
+    return validated
 
 
 def _choices(group: Path) -> set[str]:

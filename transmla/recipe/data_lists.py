@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator, Discriminator, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Count, Number
+from transmla.recipe.folder_name import PathText
 
 
 class Part(Section):
@@ -19,11 +21,11 @@ class Part(Section):
     repeat: rows may come more than once where the others' weights ask for more than there is.
     """
 
-    name: str
-    weight: PositiveFloat | None = None
-    min_tokens: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
-    rows: PositiveInt | None = None
+    name: PathText
+    weight: Annotated[Number, Field(ge=1e-9, le=1e9)] | None = None
+    min_tokens: Count | None = None
+    max_tokens: Count | None = None
+    rows: Count | None = None
     repeat: bool = False
 
     @model_validator(mode="after")
@@ -47,7 +49,7 @@ def _all_weights_or_none(data: list[str | Part]) -> list[str | Part]:
 
 # A dataset's name, or a mapping; the tags keep an error of one branch from being reported as two.
 _Entry = Annotated[
-    Annotated[str, Tag("dataset name")] | Annotated[Part, Tag("part")],
+    Annotated[PathText, Tag("dataset name")] | Annotated[Part, Tag("part")],
     Discriminator(lambda value: "dataset name" if isinstance(value, str) else "part"),
 ]
 

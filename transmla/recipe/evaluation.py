@@ -6,14 +6,25 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Batch, Count, Length, Number, Tokens, Whole, Window
+from transmla.recipe.folder_name import FolderName, PathText
 from transmla.recipe.writing import Solve
 
 FILES = (".jsonl", ".jsonl.gz")
 
 AVERAGE = "average"  # the mean over all names of a measure
+
+
+def _some_words(prompt: str) -> str:
+    if not prompt.strip():
+        raise ValueError("an empty prompt has nothing to continue; remove it")
+    return prompt
+
+
+Prompt = Annotated[str, AfterValidator(_some_words)]
 
 
 class ChoiceTask(Section):
@@ -27,11 +38,11 @@ class ChoiceTask(Section):
     limit: only the first so many questions (of each task of a group).
     """
 
-    task: str | None = None
-    path: str | None = None
-    name: str | None = None
-    num_fewshot: NonNegativeInt | None = None
-    limit: PositiveInt | None = None
+    task: PathText | None = None
+    path: PathText | None = None
+    name: FolderName | None = None
+    num_fewshot: Annotated[Whole, Field(ge=0, le=1000)] | None = None
+    limit: Count | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -69,15 +80,13 @@ class Requirement(Section):
     measure: Literal["kl", "perplexity_ratio", "top1", "accuracy_drop", "solve_recovered"]
     data: str
     model: Literal["recovered", "exported"] = "recovered"
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: Number | None = None
+    at_least: Number | None = None
 
     @model_validator(mode="after")
     def _one_bound(self) -> Requirement:
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError("give exactly one of at_most and at_least")
-        if not math.isfinite(self.bound):
-            raise ValueError("a threshold is a finite number")
         if self.measure in ("top1", "solve_recovered") and 0 < self.bound <= 1:
             raise ValueError(f"{self.measure} is in per cent: write {100 * self.bound:g}, not {self.bound:g}")
         return self
@@ -114,16 +123,30 @@ def check_names(tasks: list[ChoiceTask]) -> list[ChoiceTask]:
     return tasks
 
 
+def check_once(names: list[str]) -> list[str]:
+    """The names, when none is there twice.
+
+    Raises:
+        ValueError: one is.
+    """
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise ValueError(f"{double} is named twice; name it once")
+    return names
+
+
 class Evaluate(Section):
     """Quality of teacher, converted, recovered and exported model on the same windows and the same questions."""
 
-    data: list[str]
+    data: Annotated[list[PathText], AfterValidator(check_once)]
     tasks: Annotated[list[ChoiceTask], AfterValidator(check_names)] = []
     require: list[Requirement] = []
-    tokens: PositiveInt = 90_112  # a dataset
-    max_length: PositiveInt = 2048
-    batch_size: PositiveInt = 1
-    prompts: list[str] = []  # text the exported model continues, greedily, for the report
-    max_new_tokens: PositiveInt = 48
-    repetition_penalty: PositiveFloat = 1.2  # small models go round in circles under greedy decoding
+    tokens: Tokens = 90_112  # a dataset
+    max_length: Window = 2048
+    batch_size: Batch = 1
+    prompts: list[Prompt] = []  # text the exported model continues, greedily, for the report
+    max_new_tokens: Length = 48
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] = (
+        1.2  # small models go round in circles under greedy decoding
+    )
     solve: list[Solve] = []  # problems whose answers are checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,47 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from transmla.errors import RecipeError
+from transmla.recipe.interpolations import interpolations
 from transmla.recipe.names import share
+from transmla.recipe.secrets import check_interpolations
 
 
-def compose_tree(file: Path, recipe: str, chosen: list[str], assigned: list[str]) -> dict[str, Any]:
-    """The values of a recipe, interpolations resolved.
+@dataclass(frozen=True)
+class Composed:
+    """A recipe as a plain tree. values: interpolations resolved. written: the values that stand as interpolations, by
+    their place."""
+
+    values: dict[str, Any]
+    written: dict[tuple[str | int, ...], str]
+
+
+def compose_tree(file: Path, recipe: str, chosen: list[str], assigned: list[str]) -> Composed:
+    """The values of a recipe, and what stands for them.
 
     Args:
         file: of the recipe. recipe: as the user named it.
         chosen: overrides for Hydra's composition (groups, `+`, `~`). assigned: `key=value`, set afterwards.
 
     Raises:
-        RecipeError: broken YAML, a missing default, an index beyond a list, an interpolation of nothing.
+        RecipeError: broken YAML, a missing default, an index beyond a list, an interpolation of nothing or of a secret.
     """
     tree = _composed(file, recipe, chosen)
     for override in assigned:
         _assign(tree, override)
     try:
-        plain = OmegaConf.to_container(tree, resolve=True)
+        raw = _plain(OmegaConf.to_container(tree, resolve=False))
+        written = interpolations(raw)
+        check_interpolations(raw)
+        return Composed(_plain(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)), written)
     except OmegaConfBaseException as error:
-        raise RecipeError("recipe", " ".join(str(error).split())) from None
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+        raise RecipeError(error.full_key or "recipe", str(error).splitlines()[0]) from None
+    except RecursionError:  # an interpolation that leads back to itself
+        raise RecipeError("recipe", "an interpolation refers to itself; write the value out") from None
+
+
+def _plain(tree: Any) -> dict[str, Any]:
+    assert isinstance(tree, dict), "a recipe's file is a mapping"
+    return {str(key): value for key, value in tree.items()}
 
 
 def _composed(file: Path, recipe: str, overrides: list[str]) -> DictConfig:
@@ -88,6 +108,8 @@ def _assign(tree: DictConfig, override: str) -> None:
 def _item(node: Any, part: str, key: str) -> Any:
     if not isinstance(node, ListConfig):
         return node.get(part)
-    if not part.isdigit() or int(part) >= len(node):
+    if not len(node):
+        raise RecipeError(key, "the list is empty; give it whole, as [...]")
+    if not part.isdecimal() or int(part) >= len(node):
         raise RecipeError(key, f"the list has {len(node)} items: use an index from 0 to {len(node) - 1}")
     return node[int(part)]

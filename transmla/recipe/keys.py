@@ -7,14 +7,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from transmla.errors import RecipeError
+from transmla.recipe.names import files_below
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import STAGES
-from transmla.recipe.trainer_keys import RESERVED_TRAINER_KEYS, suggest, trainer_types
+from transmla.recipe.trainer_keys import RESERVED_TRAINER_KEYS, suggest, trainer_keys
 from transmla.recipe.writing import WRITINGS
+from transmla.recipe.yaml_limits import read_tree
 
 KINDS: dict[str, dict[str, Any]] = {"recover": STAGES, "write": WRITINGS}
 HYDRAS_OWN = ("defaults", "hydra")
@@ -53,25 +54,35 @@ def _check_stage_key(parts: Sequence[str]) -> None:
     if parts[2] not in known:
         raise unknown_key(".".join(parts[:3]), known)
     if parts[0] == "recover" and parts[2] == "trainer" and len(parts) == 4:
-        types = {name: None for kind in kinds for name in trainer_types(kind.trainer_config)}
+        types = {name: None for kind in kinds for name in trainer_keys(kind.trainer_config)}
         if parts[3] not in types and parts[3] not in RESERVED_TRAINER_KEYS:
-            message = f"trainer.{parts[3]} is not a key of trl's SFTConfig{suggest(parts[3], types)}"
-            raise RecipeError(".".join(parts[:3]), message)
+            raise RecipeError(".".join(parts), f"is not a key of trl's SFTConfig{suggest(parts[3], types)}")
 
 
 def check_file(file: Path) -> None:
-    """Refuse a recipe's file that names a key which no recipe has. What else is wrong with it is said when it is
-    composed.
+    """Refuse a recipe's file that cannot be read, or names a key which no recipe has; and so for the files beside it
+    that it builds on.
 
     Raises:
-        RecipeError: with the nearest key that there is.
+        RecipeError: with the nearest key that there is; the file is too large, too deep, or builds on itself.
     """
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return  # composing it says what is wrong
-    if isinstance(tree, dict):
-        _check_tree({key: value for key, value in tree.items() if key not in HYDRAS_OWN}, Recipe, "")
+    _check_file(file, ())
+
+
+def _check_file(file: Path, above: tuple[Path, ...]) -> None:
+    tree = read_tree(file)
+    if tree is None:
+        return  # the schema says what is missing
+    if not isinstance(tree, dict):
+        raise RecipeError("recipe", f"{file.name} holds no keys; a recipe is a mapping, key: value")
+    _check_tree({key: value for key, value in tree.items() if key not in HYDRAS_OWN}, Recipe, "")
+    for other in files_below(file.parent, tree.get("defaults")):
+        if other in (file, *above):
+            raise RecipeError("defaults", f"{other.name} builds on itself; remove it from the defaults of {file.name}")
+        if other.parent == file.parent:  # a file of a group holds one section, which the schema checks
+            _check_file(other, (file, *above))
+        else:
+            read_tree(other)
 
 
 def _check_tree(tree: dict[str, Any], section: Any, prefix: str) -> None:

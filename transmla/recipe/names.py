@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from transmla.errors import RecipeError
+from transmla.recipe.folder_name import check_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ZOO = "zoo"  # the folder of recipes that convert a published model and do nothing else
@@ -15,6 +17,19 @@ def share(folder: str) -> Path:
     """The directory `recipes` or `data` that ships with the project: beside the package, or inside a wheel."""
     installed = PACKAGE / "_share" / folder
     return installed if installed.is_dir() else PACKAGE.parent / folder
+
+
+def files_below(folder: Path, defaults: Any) -> list[Path]:
+    """Files beside a recipe that its `defaults` name, where they are there: `name`, and `group: name`."""
+    found = []
+    for entry in defaults if isinstance(defaults, list) else []:
+        named = [entry] if isinstance(entry, str) else entry.items() if isinstance(entry, dict) else []
+        for name in named:
+            path = folder / ("/".join(map(str, name)) if isinstance(name, tuple) else name)
+            file = path.with_name(f"{path.name.removesuffix('.yaml')}.yaml")
+            if not path.is_absolute() or folder in path.parents:
+                found += [file] if file.is_file() else []
+    return found
 
 
 def recipe_names() -> list[str]:
@@ -38,10 +53,16 @@ def recipe_file(recipe: str) -> Path:
     Raises:
         RecipeError: there is none.
     """
+    try:
+        check_path(recipe)
+    except ValueError as error:
+        raise RecipeError("recipe", f"{recipe[:80]!r}: {error}") from None
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise RecipeError("recipe", f"no such file: {recipe}; give a path to a YAML file or a shipped name")
+        if path.suffix == ".yml":
+            raise RecipeError("recipe", f"{recipe}: Hydra reads files that end in .yaml; rename it")
         return path.resolve()
     known = recipe_names()
     if recipe not in known:

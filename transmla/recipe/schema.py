@@ -6,13 +6,16 @@ receives its own section of it, never the whole.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Batch, Dimension, Factor, Number, Seed, Share, Tokens, Whole, Window
 from transmla.recipe.data_lists import DataList
 from transmla.recipe.evaluation import Evaluate
+from transmla.recipe.folder_name import FolderName, PathText
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.stages import AnyStage
 from transmla.recipe.writing import AnyWriting
@@ -22,9 +25,9 @@ class Calibration(Section):
     """Text that the second moments are measured on."""
 
     data: DataList
-    tokens: PositiveInt = 131_072
-    max_length: PositiveInt = 1024
-    batch_size: PositiveInt = 8
+    tokens: Tokens = 131_072
+    max_length: Window = 1024
+    batch_size: Batch = 8
     sample: Literal["first", "random"] = "first"  # which windows of the text; random: by the recipe's seed
 
 
@@ -44,18 +47,18 @@ class Convert(Section):
     """
 
     method: Literal["default", "transmla"] = "default"
-    qk_rope_head_dim: PositiveInt | Literal["auto"] = 64
-    kv_lora_rank: PositiveInt | Literal["auto"] = 512
-    cached_values: PositiveInt | None = None
-    q_lora_rank: PositiveInt | None = None
-    freqfold: PositiveInt | Literal["auto"] = "auto"
-    collapse: PositiveInt | Literal["auto", "natural"] = "natural"  # natural: head dimension / qk_rope_head_dim
+    qk_rope_head_dim: Dimension | Literal["auto"] = 64
+    kv_lora_rank: Dimension | Literal["auto"] = 512
+    cached_values: Dimension | None = None
+    q_lora_rank: Dimension | None = None
+    freqfold: Dimension | Literal["auto"] = "auto"
+    collapse: Dimension | Literal["auto", "natural"] = "natural"  # natural: head dimension / qk_rope_head_dim
     mixing: Literal["complex", "real"] = "complex"  # matrices that mix key heads of one frequency
     mean_rotation: bool | Literal["auto"] = True  # a lost rotation becomes its mean's phase under attention's distances
     weighting: Literal["attention", "input", "norm"] = "attention"  # what errors of keys and values are weighed by
-    kv_balance: PositiveFloat = 1.0  # factor on the keys' share of the latent
+    kv_balance: Factor = 1.0  # factor on the keys' share of the latent
     refit: bool = True  # output projections by regression onto the source's attention, layer after layer
-    drift: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3  # share of the stream's drift that a refit corrects
+    drift: Share = 0.3  # share of the stream's drift that a refit corrects
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     calibration: Calibration
 
@@ -84,11 +87,22 @@ class Convert(Section):
         return "auto" in (self.qk_rope_head_dim, self.kv_lora_rank, self.freqfold, self.collapse, self.mean_rotation)
 
 
+def _shard_size(text: str) -> str:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:KB|MB|GB|TB)", text, re.IGNORECASE)
+    if number is None or float(number[1]) <= 0:
+        raise ValueError("a size is a number above 0 with KB, MB, GB or TB behind it, as 5GB")
+    return text
+
+
+ShardSize = Annotated[str, AfterValidator(_shard_size)]
+
+
 class Verify(Section):
     """The reload check of an export: stock transformers against the recovered student."""
 
-    tolerance: PositiveFloat | None = None  # max |difference of log-probabilities|; None: from the dtype
-    tokens: PositiveInt = 256
+    # max |difference of log-probabilities|; None: from the dtype
+    tolerance: Annotated[Number, Field(ge=1e-7, le=10.0)] | None = None
+    tokens: Annotated[Whole, Field(gt=0, le=2**20)] = 256
 
 
 class Export(Section):
@@ -98,21 +112,22 @@ class Export(Section):
     format: Literal["auto", "deepseek_v3", "student"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the recovered student is stored
     layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
-    max_shard_size: str = "5GB"
+    max_shard_size: ShardSize = "5GB"
     verify: Verify = Verify()
 
 
 class Recipe(Section):
     """A whole run: source, conversion, recovery stages, evaluation, export."""
 
-    name: str
-    seed: NonNegativeInt = 0
-    output_dir: str = "outputs/{name}"
+    name: FolderName
+    seed: Seed = 0
+    output_dir: PathText = "outputs/{name}"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: bfloat16 where the hardware multiplies it fast
     )
-    threads: PositiveInt | Literal["auto"] = "auto"  # CPU threads a process; auto: the machine's cores, shared out
+    # CPU threads per process; auto: the machine's cores, shared out
+    threads: Annotated[Whole, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     dry_run: bool = False
     model: ModelSource
     write: list[AnyWriting] = []  # text that the teacher writes before anything else, `@NAME` in a list of data
@@ -120,3 +135,5 @@ class Recipe(Section):
     recover: list[AnyStage] = []
     evaluate: Evaluate
     export: Export = Export()
+    # Values that stand as an interpolation in the file, as they stand there, by their place in the tree.
+    _interpolations: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)

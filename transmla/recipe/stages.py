@@ -5,36 +5,40 @@ Part of the schema in `transmla.recipe`; nothing here loads a model or a dataset
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Dimension, Factor, Length, Number, Share, Temperature, Tokens
 from transmla.recipe.data_lists import DataList
+from transmla.recipe.folder_name import PathText
 from transmla.recipe.model_source import ModelSource
-from transmla.recipe.trainer_keys import check_trainer_key
+from transmla.recipe.trainer_keys import check_kind, check_trainer_key
 
 
 class Stage(Section):
     """What every recovery stage has. `trainer` holds keys of trl's SFTConfig, checked against that class."""
 
     data: DataList
-    tokens: PositiveInt  # training budget in tokens; the number of steps follows from it
+    tokens: Tokens  # training budget in tokens; the number of steps follows from it
     trainer: dict[str, Any] = {}
     trainer_config: ClassVar[str] = "SFTConfig"
 
     @field_validator("trainer")
     @classmethod
     def _known_trainer_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
+        found = {key: check_trainer_key(key, item, cls.trainer_config) for key, item in value.items()}
+        check_kind(found, get_args(cls.model_fields["kind"].annotation)[0])
+        return found
 
 
 class Lora(Section):
     """Low-rank adapters (peft's LoraConfig), merged into the weights when the stage ends."""
 
-    r: PositiveInt = 32
-    alpha: PositiveInt = 64
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    r: Dimension = 32
+    alpha: Dimension = 64
+    dropout: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     targets: Literal["attention", "all"] = "attention"  # linear layers of the attentions, or those of the MLPs too
 
 
@@ -64,6 +68,8 @@ class TrainerStage(Stage):
         return self
 
 
+Weight = Annotated[Number, Field(ge=0.0, le=1e6)]
+
 QUERIES = 128  # of a row whose attention `logits` compares; all of them would be a T×T matrix a head
 
 
@@ -80,8 +86,8 @@ class Layerwise(TrainerStage):
     kind: Literal["layerwise"]
     train: Literal["attention", "lora"] = "attention"
     stream: Literal["teacher", "student"] = "teacher"
-    hidden: Annotated[float, Field(ge=0.0)] = 0.0
-    logits: Annotated[float, Field(ge=0.0)] = 0.0
+    hidden: Weight = 0.0
+    logits: Weight = 0.0
 
     @model_validator(mode="after")
     def _possible(self) -> Layerwise:
@@ -109,9 +115,9 @@ class Record(Section):
         that several conversions of one source may share it.
     """
 
-    top_k: PositiveInt = 64
+    top_k: Dimension = 64
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    folder: str | None = None
+    folder: PathText | None = None
 
 
 class Distill(TrainerStage):
@@ -131,12 +137,12 @@ class Distill(TrainerStage):
     kind: Literal["distill"]
     train: Literal["attention", "all", "lora"] = "attention"
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    temperature: PositiveFloat = 1.0
-    final_temperature: PositiveFloat | None = None
-    cross_entropy: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    beta: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.5
+    temperature: Temperature = 1.0
+    final_temperature: Temperature | None = None
+    cross_entropy: Annotated[Number, Field(ge=0.0, lt=1.0)] = 0.0
     synthetic_cross_entropy: bool = False
-    trunk_learning_rate: PositiveFloat = 1.0
+    trunk_learning_rate: Factor = 1.0
     teacher: Literal["source", "recorded"] | ModelSource = "source"
     keep_teacher: bool = False
     record: Record = Record()
@@ -168,7 +174,7 @@ class Sft(TrainerStage):
 
     kind: Literal["sft"]
     train: Literal["attention", "all", "lora"] = "all"
-    trunk_learning_rate: PositiveFloat = 1.0
+    trunk_learning_rate: Factor = 1.0
 
 
 class OnPolicy(Stage):
@@ -185,10 +191,10 @@ class OnPolicy(Stage):
 
     kind: Literal["on_policy"]
     train: Literal["attention", "all"] = "attention"
-    prompt_tokens: PositiveInt = 512
-    max_new_tokens: PositiveInt = 512
-    temperature: PositiveFloat = 1.0
-    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
+    prompt_tokens: Length = 512
+    max_new_tokens: Length = 512
+    temperature: Temperature = 1.0
+    beta: Share = 1.0
     trainer_config: ClassVar[str] = "DistillationConfig"
 
 

@@ -1,4 +1,4 @@
-"""Keys of trl's configuration classes in a recipe: which there are, their types, and which the recipe decides."""
+"""Keys of trl's configuration classes in a recipe: which there are, their types, and which of them a stage takes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import builtins
 import difflib
 import typing
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from transmla.recipe.refused_trainer_keys import BY_KIND, REFUSED
+from transmla.recipe.trainer_values import AS_TRL_SAYS, VALUES
 
 # Keys of trl's configs that another part of the recipe decides.
 RESERVED_TRAINER_KEYS = {
@@ -57,24 +61,44 @@ class _Names(dict[str, Any]):
         return getattr(builtins, name, getattr(typing, name, Any))
 
 
-@cache
-def trainer_types(config: str) -> dict[str, Any]:
-    """The keys of one of trl's configuration classes with their types, as its source states them.
+UNKNOWN = object()  # a default that is no literal
 
-    A type that is neither a builtin's nor typing's is Any; the class itself judges it when a stage begins.
+
+@dataclass(frozen=True)
+class TrainerKey:
+    """A field of one of trl's configurations. type: Any where it is a class of trl's or transformers' own."""
+
+    type: Any
+    default: Any
+
+
+class TrainerKeyError(ValueError):
+    """A key of `trainer` that a stage does not take, or not with this value."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(problem)
+        self.key = key
+
+
+@cache
+def trainer_keys(config: str) -> dict[str, TrainerKey]:
+    """The keys of one of trl's configuration classes, as its source states them.
+
+    A type that is neither a builtin's nor typing's is Any; the class itself judges it (transmla.plan.trainer_checks).
     """
     package, file = FILES[config]
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations, f"{package} is a dependency of this project"
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == config)
-    found: dict[str, Any] = {}
+    found: dict[str, TrainerKey] = {}
     for base in body.bases:
         assert isinstance(base, ast.Name), f"{config} derives from {ast.unparse(base)}"
-        found |= trainer_types(base.id)
+        found |= trainer_keys(base.id)
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_argument(node.value):
-            found[node.target.id] = eval(ast.unparse(node.annotation), {}, _Names())  # noqa: S307 - trl's own source
+            kind = eval(ast.unparse(node.annotation), {}, _Names())  # noqa: S307 - trl's own source
+            found[node.target.id] = TrainerKey(kind, _default(node.value))
     return found
 
 
@@ -84,23 +108,52 @@ def _is_argument(value: ast.expr | None) -> bool:
     return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in words)
 
 
+def _default(value: ast.expr | None) -> Any:
+    if isinstance(value, ast.Call):
+        value = next((word.value for word in value.keywords if word.arg == "default"), None)
+    try:
+        return UNKNOWN if value is None else ast.literal_eval(value)
+    except ValueError:  # a name or a call
+        return UNKNOWN
+
+
 def check_trainer_key(key: str, value: Any, config: str = "SFTConfig") -> Any:
     """Validate one key of `trainer` against one of trl's configs; returns the value in the field's type.
 
     Raises:
-        ValueError: the key is unknown, the recipe sets it elsewhere, or the value is of another type.
+        TrainerKeyError: the key is unknown, does nothing here, or is set elsewhere; or the value cannot be meant.
     """
-    types = trainer_types(config)
+    keys = trainer_keys(config)
     if value is None and key in ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
-        raise ValueError(f"trainer.{key} must be a number: the token budget is divided by it")
-    if key in RESERVED_TRAINER_KEYS and key in types:
-        raise ValueError(f"trainer.{key} is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
-    if key not in types:
-        raise ValueError(f"trainer.{key} is not a key of trl's {config}{suggest(key, types)}")
+        raise TrainerKeyError(key, "must be a number: the token budget is divided by it")
+    if key in RESERVED_TRAINER_KEYS and key in keys:
+        raise TrainerKeyError(key, f"is set by the recipe: use {RESERVED_TRAINER_KEYS[key]}")
+    if key not in keys:
+        raise TrainerKeyError(key, f"is not a key of trl's {config}{suggest(key, keys)}")
+    if key in REFUSED and value != keys[key].default:
+        raise TrainerKeyError(key, REFUSED[key])
+    if key not in VALUES and key not in AS_TRL_SAYS and key not in REFUSED:
+        raise TrainerKeyError(key, "is newer than this project, and may do nothing in its trainers; leave it out")
+    wanted = VALUES.get(key, keys[key].type)
+    if isinstance(value, bool) and wanted in (int, float):
+        raise TrainerKeyError(key, f"give a number in the place of {str(value).lower()}")
+    limits = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
     try:
-        return TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(wanted, config=limits).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"trainer.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise TrainerKeyError(key, f"{message}, got {value!r}") from None
+
+
+def check_kind(trainer: dict[str, Any], kind: str) -> None:
+    """Refuse keys that one kind of stage alone does not use.
+
+    Raises:
+        TrainerKeyError: for the first of them.
+    """
+    for key, reason in BY_KIND[kind].items():
+        if trainer.get(key):
+            raise TrainerKeyError(key, reason)
 
 
 def suggest(key: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -10,19 +11,27 @@ from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part
 from transmla.recipe.keys import unknown_key
 from transmla.recipe.schema import Recipe
+from transmla.recipe.secrets import check_secrets
 from transmla.recipe.stages import STAGES
+from transmla.recipe.trainer_keys import TrainerKeyError
 from transmla.recipe.writing import WRITINGS
 
 # What a discriminator writes into an error's location.
 TAGS: dict[str, Any] = STAGES | WRITINGS | {"part": Part, "dataset name": str}
+
+# What a union writes there for its branches.
+BRANCH = re.compile(r"(int|float|bool|str|constrained-\w+|ModelSource)$|(literal|function-\w+|list|nullable)\[")
+
+LONGEST = 80  # letters of a wrong value in a message
 
 
 def validate_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a plain tree of values.
 
     Raises:
-        RecipeError: for the first wrong key, with its dotted name and what would be right.
+        RecipeError: for the first wrong key, with its dotted name and what would be right; for a secret in it.
     """
+    check_secrets(tree)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -35,9 +44,17 @@ def validate_recipe(tree: dict[str, Any]) -> Recipe:
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
             kinds = WRITINGS if key.startswith("write") else STAGES
             raise RecipeError(f"{key}.kind", f"unknown kind of stage; use one of: {', '.join(kinds)}") from None
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, TrainerKeyError):
+            raise RecipeError(f"{key}.{cause.key}", str(cause)) from None
         message = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        got = "" if isinstance(first["input"], dict) else f", got {_short(first['input'])}"
         raise RecipeError(key, message + got) from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
 
 
 def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
@@ -48,9 +65,7 @@ def _dotted(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
         if parts and parts[-1].isdigit() and part in TAGS:  # the discriminator's tag is no key
             model = TAGS[str(part)]
             continue
-        if part in ("int", "bool", "constrained-int", "ModelSource") or str(part).startswith(
-            "literal["
-        ):  # branches of a union of types are no keys
+        if BRANCH.match(str(part)):
             continue
         if index + 1 < len(location) and isinstance(model, type) and issubclass(model, BaseModel):
             field = model.model_fields.get(str(part))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Batch, Count, Length, Number, SamplingTemperature, Seed, Skipped, Tokens, Whole
+from transmla.recipe.folder_name import FolderName, PathText
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # becomes the name of a folder
+Samples = Annotated[Whole, Field(gt=0, le=10**4)]
 
 IN_BOX = "{problem}\n\nReason step by step, and put the final answer within \\boxed{}."
 
@@ -32,10 +34,10 @@ class Problems(Section):
         it.
     """
 
-    data: str | None = None
+    data: PathText | None = None
     generator: str | None = None
-    size: PositiveInt = 500
-    seed: NonNegativeInt = 0
+    size: Annotated[Whole, Field(gt=0, le=10**6)] = 500
+    seed: Seed = 0
     config: dict[str, Any] = {}
     system: str | None = None
     prompt: str | None = None
@@ -70,10 +72,10 @@ class Sampling(Section):
     """How text is drawn from a model. temperature: 0 is greedy. batch_size: texts at a time, part of what seeds
     mean."""
 
-    max_new_tokens: PositiveInt = 512
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    batch_size: PositiveInt = 32
+    max_new_tokens: Length = 512
+    temperature: SamplingTemperature = 1.0
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] = 1.0
+    batch_size: Batch = 32
 
 
 class Writing(Sampling):
@@ -82,7 +84,7 @@ class Writing(Sampling):
     engine: `auto` is vllm where it is installed and one process has a GPU, else transformers.
     """
 
-    name: Name
+    name: FolderName
     engine: Literal["auto", "transformers", "vllm"] = "auto"
 
 
@@ -102,9 +104,9 @@ class Traces(Writing):
 
     kind: Literal["traces"]
     problems: Problems
-    samples: PositiveInt = 1
-    skip: NonNegativeInt = 0
-    limit: PositiveInt | None = None
+    samples: Samples = 1
+    skip: Skipped = 0
+    limit: Count | None = None
     keep: Literal["accepted", "finished", "all"] = "accepted"
     format: Literal["completion", "messages", "text"] = "completion"
 
@@ -126,9 +128,9 @@ class Text(Writing):
     """
 
     kind: Literal["text"]
-    tokens: PositiveInt
-    prefix_data: list[str] = []
-    prefix_tokens: NonNegativeInt = 0
+    tokens: Tokens
+    prefix_data: list[PathText] = []
+    prefix_tokens: Annotated[Whole, Field(ge=0, le=2**22)] = 0
     cues: list[str] = []
 
     @model_validator(mode="after")
@@ -158,12 +160,12 @@ class Solve(Sampling):
         at a temperature, tell two models apart with fewer problems.
     """
 
-    name: Name
+    name: FolderName
     problems: Problems
-    skip: NonNegativeInt = 0
-    limit: PositiveInt | None = None
-    samples: PositiveInt = 1
-    temperature: NonNegativeFloat = 0.0
+    skip: Skipped = 0
+    limit: Count | None = None
+    samples: Samples = 1
+    temperature: SamplingTemperature = 0.0
 
     @model_validator(mode="after")
     def _random(self) -> Solve:

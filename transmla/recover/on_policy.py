@@ -38,10 +38,17 @@ class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
 
 
 def on_policy_config(
-    stage: OnPolicy, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+    stage: OnPolicy,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    processes: int,
+    kind: type[DistillationConfig] = DistillationConfig,
 ) -> DistillationConfig:
-    """trl's own configuration object for a stage."""
-    return DistillationConfig(
+    """trl's own configuration object for a stage. kind: its class, or one derived from it."""
+    return kind(
         max_completion_length=stage.max_new_tokens,
         temperature=stage.temperature,
         beta=stage.beta,

@@ -52,10 +52,17 @@ def _seen_tokens(log: list[dict[str, Any]]) -> int:
 
 
 def trainer_config(
-    stage: AnyStage, folder: Path, *, seed: int, device: str, dtype: torch.dtype, processes: int
+    stage: AnyStage,
+    folder: Path,
+    *,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    processes: int,
+    kind: type[SFTConfig] = SFTConfig,
 ) -> SFTConfig:
-    """trl's own configuration object for a stage."""
-    return SFTConfig(
+    """trl's own configuration object for a stage. kind: its class, or one derived from it."""
+    return kind(
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
         **(DEFAULTS | PACKED | stage.trainer),
     )

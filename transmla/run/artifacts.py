@@ -29,6 +29,7 @@ from transmla.files import (
     scratch_folder,
 )
 from transmla.hardware import peak_memory, reset_peak_memory
+from transmla.recipe.interpolations import as_written
 from transmla.recipe.schema import Recipe
 from transmla.run.context import Run
 from transmla.sources.file_digests import keep_digests, known_digests, read_digests
@@ -132,7 +133,7 @@ def versions() -> dict[str, str]:
 
 def save_recipe(recipe: Recipe, folder: Path) -> None:
     """The recipe beside what it made."""
-    OmegaConf.save(OmegaConf.create(recipe.model_dump(mode="json", exclude={"dry_run"})), folder / "recipe.yaml")
+    OmegaConf.save(OmegaConf.create(as_written(recipe)), folder / "recipe.yaml")
 
 
 def agreed(run: Run, ask: Callable[[], T]) -> T:

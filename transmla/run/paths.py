@@ -63,7 +63,7 @@ class Paths:
         stage = self.recipe.recover[index]
         assert stage.kind == "distill", "no other stage has a recording"
         folder = stage.record.folder
-        return self.root / "recorded" / str(index) if folder is None else Path(folder)
+        return self.root / "recorded" / str(index) if folder is None else Path(folder).expanduser()
 
     @property
     def exported(self) -> Path:

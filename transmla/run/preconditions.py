@@ -5,11 +5,13 @@ from __future__ import annotations
 from transformers import AutoTokenizer
 
 from transmla.errors import RecipeError
+from transmla.measure.tasks import read_questions
 from transmla.recipe.budget import rows_of_a_step, steps_of
 from transmla.recipe.stages import is_recorded, other_teacher
 from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
 from transmla.run.context import Run
 from transmla.run.lineage import students_to_make
+from transmla.run.room import check_room
 from transmla.sources.fetch import fetch
 
 
@@ -22,6 +24,9 @@ def check_before_weights(run: Run) -> None:
     _check_teachers(run)
     _check_templates(run)
     _check_recordings(run)
+    _check_tokens(run)
+    _check_questions(run)
+    check_room(run)
 
 
 def _check_teachers(run: Run) -> None:
@@ -43,6 +48,29 @@ def _check_templates(run: Run) -> None:
     for key, kind in run.prepared.kinds.items():
         if kind == "messages" and run.tokenizer.chat_template is None and not key.startswith("write"):
             raise RecipeError(key, "it is of conversations, and the tokenizer has no chat template; use text")
+
+
+def _check_tokens(run: Run) -> None:
+    """Tokens that a trainer names must be the tokenizer's."""
+    known = run.tokenizer.get_vocab()
+    for index, stage in enumerate(run.recipe.recover):
+        for name in ("eos_token", "pad_token"):
+            token = stage.trainer.get(name)
+            if token is not None and token not in known:
+                raise RecipeError(
+                    f"recover.{index}.trainer.{name}",
+                    f"{token} is no token of the tokenizer; name one, or leave it out",
+                )
+
+
+def _check_questions(run: Run) -> None:
+    """A question without a context is put after the start or end token."""
+    if run.tokenizer.bos_token_id is not None or run.tokenizer.eos_token_id is not None:
+        return
+    for index, task in enumerate(run.recipe.evaluate.tasks):
+        key = f"evaluate.tasks.{index}"
+        if task.path is not None and not all(question.ctx.strip() for question in read_questions(task, key)):
+            raise RecipeError(key, "a question has no context, and the tokenizer no token to put it after; give one")
 
 
 def _check_recordings(run: Run) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transmla.data.rows import ROW, carry_rows
 from transmla.files import remove, save_whole
 from transmla.hardware import peak_memory, reset_peak_memory
-from transmla.plan.memory import training_memory
+from transmla.plan.memory import step_memory
 from transmla.recipe.stages import AnyStage, is_recorded, other_teacher
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.configuration import unchanged_configuration
@@ -137,8 +137,8 @@ def _teacher_of(run: Run, stage: AnyStage) -> PreTrainedModel | None:
 
 
 def _reserved_memory(run: Run, stage: AnyStage) -> int:
-    """Rough bytes that a stage needs of a device, counted without weights."""
-    return training_memory(stage, run.prepared.sizes, run.prepared.config, run.dtype)
+    """Rough bytes that a stage needs of a device besides the weights, which are on it when this is asked."""
+    return step_memory(stage, run.prepared.sizes, run.prepared.config, run.dtype)
 
 
 def _read_recording(run: Run, index: int, trainer: DistillTrainer) -> None:

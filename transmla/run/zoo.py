@@ -54,7 +54,9 @@ def run_zoo(recipes: Iterable[str], overrides: list[str]) -> int:
         RecipeError: a recipe or an override is wrong, before any is run.
     """
     names = list(recipes) or [name for name in recipe_names() if name.startswith(f"{ZOO}/")]
-    root = Path(next((word.partition("=")[2] for word in overrides if word.startswith("output_dir=")), ROOT))
+    root = Path(
+        next((word.partition("=")[2] for word in overrides if word.startswith("output_dir=")), ROOT)
+    ).expanduser()
     words = [word for word in overrides if not word.startswith("output_dir=")]
     loaded = [load_recipe(name, [*words, f"output_dir={root}/{{name}}"]) for name in names]
     for index, recipe in enumerate(loaded):

@@ -1,0 +1,57 @@
+"""Budgets of tokens against one window, one step, and what a machine can hold."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+from transformers import PretrainedConfig
+
+from transmla.errors import RecipeError
+from transmla.plan.memory import Sizes
+from transmla.recipe.budget import rows_of_a_step, steps_of, tokens_of_a_step
+from transmla.recipe.schema import Recipe
+from transmla.recipe.stages import is_recorded
+from transmla.sources.kinds import kind_of
+
+CONTINUATIONS = 10**7  # of an on-policy stage, whose prompts are all in memory
+
+
+def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes) -> None:
+    """Check that every budget gives at least one window or step, and that nothing outgrows the memory.
+
+    Raises:
+        RecipeError: with the least, or the most, that is possible.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for key, section in (("convert.calibration", recipe.convert.calibration), ("evaluate", recipe.evaluate)):
+        if section.tokens < section.max_length:
+            raise RecipeError(
+                f"{key}.tokens",
+                f"{section.tokens} are fewer than one window of {section.max_length}; use at least that, or lower "
+                f"{key}.max_length",
+            )
+    for index, stage in enumerate(recipe.recover):
+        key, least = f"recover.{index}", tokens_of_a_step(stage, processes)
+        if stage.tokens < least:
+            raise RecipeError(
+                f"{key}.tokens",
+                f"{stage.tokens} are fewer than one step, which takes {least:,} (row length x rows x accumulation "
+                "steps x processes); use at least that, or smaller rows or batches",
+            )
+        if stage.kind == "on_policy" and steps_of(stage, processes) * rows_of_a_step(stage) > CONTINUATIONS:
+            raise RecipeError(
+                f"{key}.tokens", f"it gives more than {CONTINUATIONS:,} continuations per process; use fewer tokens"
+            )
+        if is_recorded(stage) and stage.record.top_k > config.vocab_size:
+            raise RecipeError(
+                f"{key}.record.top_k", f"{stage.record.top_k} is above the {config.vocab_size} tokens of the vocabulary"
+            )
+    if kind_of(recipe.model.source) == "random" and not recipe.dry_run:
+        needed, there = 4 * sizes.source, psutil.virtual_memory().available
+        if needed > there:
+            raise RecipeError(
+                "model.config",
+                f"a random model of these sizes takes {needed / 2**30:.1f} GiB, {there / 2**30:.1f} are free; make it "
+                "smaller",
+            )

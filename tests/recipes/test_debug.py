@@ -66,6 +66,14 @@ def test_the_export_is_stock(finished: Path) -> None:
     assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in (finished / "exported").iterdir()}
 
 
+def test_training_changes_weights_alone(finished: Path) -> None:
+    """trl and transformers write special tokens and `use_cache` into the configuration of what they train."""
+    for name in ("config.json", "generation_config.json"):
+        wanted = (finished / "converted" / name).read_bytes()
+        for folder in ("stages/0_layerwise", "recovered"):
+            assert (finished / folder / name).read_bytes() == wanted
+
+
 def test_a_second_run_skips_everything(finished: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *args: pytest.fail("a model was loaded")

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from transmla.run.artifacts import is_current, publishing, read_metadata
+from tests.unit.test_files import DAMAGES
+from transmla.errors import RecipeError
+from transmla.files import MANIFEST
+from transmla.run.artifacts import METADATA, Condition, condition, is_current, publishing, read_metadata, require
 from transmla.run.fingerprints import fingerprint
 
 
@@ -16,6 +19,27 @@ def test_an_artifact_appears_whole(tmp_path) -> None:
         assert not target.exists()
     assert is_current(target, "a") and not is_current(target, "b")
     assert [path.name for path in tmp_path.iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+@pytest.mark.parametrize("name", ["weights", METADATA, MANIFEST])
+def test_a_damaged_artifact_is_not_current(name: str, change, tmp_path) -> None:
+    with publishing(tmp_path / "thing", {"fingerprint": "a" * 64}) as scratch:
+        (scratch / "weights").write_text("1234567890")
+    change(tmp_path / "thing" / name)
+    found = condition(tmp_path / "thing", "a" * 64)
+    assert not found.current and found.damage
+    with pytest.raises(RecipeError, match="export needs .*thing, which is damaged: .*; run recover.py first"):
+        require(tmp_path / "thing", "a" * 64, "export", "recover.py")
+
+
+def test_nothing_and_something_else_are_no_damage(tmp_path) -> None:
+    assert condition(tmp_path / "nothing", "a") == Condition(False)
+    (tmp_path / "emptied").mkdir()
+    assert condition(tmp_path / "emptied", "a") == Condition(False)
+    with publishing(tmp_path / "other", {"fingerprint": "b"}) as scratch:
+        (scratch / "weights").write_text("1")
+    assert condition(tmp_path / "other", "a") == Condition(False)
 
 
 def test_a_failure_leaves_the_earlier_artifact(tmp_path) -> None:

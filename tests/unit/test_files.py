@@ -1,7 +1,6 @@
 """Manifests, scratch folders and digests: what tells a whole folder from a damaged one, and a dead run's from a live
 one's."""
 
-import json
 import os
 import subprocess
 import sys
@@ -91,8 +90,9 @@ def test_an_unchanged_file_is_read_once(cache, tmp_path, monkeypatch) -> None:
     original = file_digests.sha256_of_all
     monkeypatch.setattr(file_digests, "sha256_of_all", lambda files: (reads.extend(files), original(files))[1])
     first = file_digests.known_digests([file])
-    assert file_digests.known_digests([file]) == first and reads == [file]
-    monkeypatch.setattr(file_digests, "_seen", {})
+    for _ in range(2):
+        assert file_digests.known_digests([file]) == first and reads == [file]
+        file_digests._seen.clear()
     assert file_digests.read_digests([file]) == file_digests.read_digests([file]) == first
     assert reads == [file, file]
 
@@ -114,6 +114,8 @@ def test_a_broken_cache_costs_time_alone(cache, tmp_path) -> None:
     file.write_text("one")
     first = file_digests.known_digests([file])
     (kept,) = (cache / "digests").iterdir()
-    for content in ("", "[]", '{"text.jsonl": 3}', '{"text.jsonl": []}', json.dumps({"text.jsonl": ["a"]})):
+    whole = kept.read_text()
+    for content in ("", "[]", '{"files": {}}', whole[:-9], whole.replace(first[0][:4], "0000")):
         kept.write_text(content)
+        file_digests._seen.clear()
         assert file_digests.known_digests([file]) == first

@@ -23,10 +23,12 @@ from transmla.files import (
     damage,
     fsync,
     fsync_tree,
+    listed_files,
     read_json,
     remove,
     save_manifest,
     scratch_folder,
+    sha256_of,
 )
 from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.recipe.interpolations import as_written
@@ -62,7 +64,9 @@ def condition(folder: Path, digest: str) -> Condition:
         there = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
         return Condition(False, f"{METADATA} is missing or cannot be read" if there else None)
     if metadata["fingerprint"] != digest:
-        return Condition(False)
+        own = (listed_files(folder) or {}).get(METADATA)
+        true = own is None or own["sha256"] == sha256_of(folder / METADATA)
+        return Condition(False, None if true else f"{METADATA} has another content than was written")
     found = damage(folder, known_digests) and damage(folder, read_digests)  # what was kept may itself be damaged
     return Condition(found is None, found)
 

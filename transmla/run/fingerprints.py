@@ -34,6 +34,8 @@ FORMAT = 3  # raise it when the same settings would give another result than bef
 COSMETIC = (
     "logging_steps",
     "save_steps",
+    "save_strategy",
+    "enable_jit_checkpoint",
     "save_total_limit",
     "report_to",
     "disable_tqdm",

@@ -27,11 +27,11 @@ def _signature(file: Path) -> Signature:
 
 def known_digests(files: Sequence[Path]) -> list[str]:
     """SHA-256 of files; those whose size, times and inode are what they were are not read again."""
-    found: dict[Path, str] = {}
-    for folder in {file.parent for file in files}:
+    found = _read_before(files)
+    for folder in {file.parent for file in files if file not in found}:
         kept = _kept(folder)
         for file in (file for file in files if file.parent == folder):
-            *signature, digest = kept.get(file.name) or [None]
+            *signature, digest = kept.get(file.name, [None])
             if tuple(signature) == _signature(file):
                 found[file] = digest
     found |= _read([file for file in files if file not in found])
@@ -40,9 +40,9 @@ def known_digests(files: Sequence[Path]) -> list[str]:
 
 def read_digests(files: Sequence[Path]) -> list[str]:
     """SHA-256 of files as they lie on the disk now; what this process has read before is not read again."""
-    unread = [file for file in files if (file.absolute(), _signature(file)) not in _seen]
-    found = _read(unread)
-    return [found.get(file) or _seen[file.absolute(), _signature(file)] for file in files]
+    found = _read_before(files)
+    found |= _read([file for file in files if file not in found])
+    return [found[file] for file in files]
 
 
 def keep_digests(digests: Mapping[Path, str]) -> None:
@@ -52,6 +52,10 @@ def keep_digests(digests: Mapping[Path, str]) -> None:
     for folder in {file.parent for file in keep}:
         own = {file.name: entry for file, entry in keep.items() if file.parent == folder}
         _keep(folder, {name: [*signature, digest] for name, (signature, digest) in own.items()})
+
+
+def _read_before(files: Sequence[Path]) -> dict[Path, str]:
+    return {file: _seen[place] for file in files if (place := (file.absolute(), _signature(file))) in _seen}
 
 
 def _read(files: Sequence[Path]) -> dict[Path, str]:
@@ -68,12 +72,17 @@ def _place(folder: Path) -> Path:
 
 def _kept(folder: Path) -> dict[str, list]:
     kept = read_json(_place(folder))
-    fine = isinstance(kept, dict) and all(isinstance(entry, list) for entry in kept.values())
-    return kept if fine else {}
+    fine = isinstance(kept, dict) and kept.get("check") == _check(kept.get("files"))
+    return kept["files"] if fine else {}
+
+
+def _check(entries: object) -> str:
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _keep(folder: Path, entries: dict[str, list]) -> None:
     settled = {name: entry for name, entry in entries.items() if time.time_ns() - entry[2] > SETTLED}
     if settled:
         with suppress(OSError):  # a cache that cannot be written costs time alone
-            save_whole(_place(folder), json.dumps(_kept(folder) | settled))
+            entries = _kept(folder) | settled
+            save_whole(_place(folder), json.dumps({"files": entries, "check": _check(entries)}))

@@ -190,6 +190,11 @@ def test_seeds_of_generators_overlap() -> None:
     ("overrides", "message"),
     [
         ([write("{generator: leg_countin}")], "write.0.problems.generator: reasoning-gym has no"),
+        ([write("{generator: game_of_life_halting}")], "write.0.problems.generator: game_of_life_halting takes any"),
+        (
+            [write("{generator: composite, config: {datasets: [{name: x}]}}")],
+            "write.0.problems.config: composite refuses",
+        ),
         (
             [write("{generator: leg_counting, config: {max_legs: 3}}")],
             "write.0.problems.config: leg_counting refuses it",

@@ -13,6 +13,7 @@ from transmla.data.definition import find_definition
 from transmla.data.loading import check_dataset, load_rows
 from transmla.errors import RecipeError
 from transmla.generate.checkers import Checker, GeneratorChecker, MathChecker, reference_answer
+from transmla.generate.sandbox import is_supported
 from transmla.recipe.writing import Problems
 
 
@@ -43,18 +44,32 @@ def require(module: str, package: str, key: str) -> None:
         raise RecipeError(key, f"{package} is not installed: pip install {package}")
 
 
+def _require_sandbox(key: str) -> None:
+    """Refuse problems whose scorers may evaluate what a model wrote where the kernel cannot confine that."""
+    if not is_supported():
+        raise RecipeError(
+            key,
+            "answers that a model wrote are scored behind a seccomp filter, which this machine lacks; use Linux on "
+            "x86-64 or arm64",
+        )
+
+
 def check_problems(section: Problems, key: str, *, skip: int, limit: int | None, online: bool) -> None:
     """Everything that can be said before the problems are loaded.
 
     Raises:
         RecipeError: a package, a definition, a column or a generator is missing, or the rows are too few.
     """
+    _require_sandbox(key)
     if section.data is not None:
         require("math_verify", "math-verify", key)
         check_dataset(section.data, f"{key}.data", online=online, problems=True)
         return
     require("reasoning_gym", "reasoning-gym", key)
-    _generator(section, key)
+    if _takes_anything(_generator(section, key)):
+        raise RecipeError(
+            f"{key}.generator", f"{section.generator} takes any answer for right, even '?'; use another generator"
+        )
     if skip + (limit or 1) > section.size:
         rows = f"{skip} to {skip + (limit or 1)}"
         raise RecipeError(
@@ -70,12 +85,30 @@ def _generator(section: Problems, key: str) -> Any:
         known = ", ".join(sorted(DATASETS))
         raise RecipeError(f"{key}.generator", f"reasoning-gym has no {section.generator!r}; it has: {known}")
     try:
-        return reasoning_gym.create_dataset(section.generator, size=section.size, seed=section.seed, **section.config)
-    except (TypeError, ValueError, AssertionError) as error:  # of its config's constructor and validate()
+        return reasoning_gym.create_dataset(section.generator, **_arguments(section))
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        AssertionError,
+    ) as error:  # of its config's constructor and validate()
         reason = " ".join(str(error).split()) or "its validation fails"
         raise RecipeError(
             f"{key}.config", f"{section.generator} refuses it: {reason}; correct the configuration"
         ) from None
+
+
+def _takes_anything(dataset: Any) -> bool:
+    """Whether a generator takes an answer for right that is none; game_of_life_halting of reasoning-gym 0.1 does."""
+    try:
+        return bool(dataset.score_answer("?", dataset[0]) >= 1.0)
+    except Exception:  # a scorer may raise anything at a word that it does not expect
+        return False
+
+
+def _arguments(section: Problems) -> dict[str, Any]:
+    """The arguments of a generator's dataset."""
+    return {"size": section.size, "seed": section.seed, **section.config}
 
 
 def load_problems(section: Problems, key: str, *, skip: int = 0, limit: int | None = None) -> ProblemSet:
@@ -89,7 +122,7 @@ def load_problems(section: Problems, key: str, *, skip: int = 0, limit: int | No
         rows = range(len(dataset))[skip : None if limit is None else skip + limit]
         entries = [(number, dataset[number]) for number in rows]
         problems = [Problem(number, entry["question"], entry) for number, entry in entries]
-        return ProblemSet(problems, GeneratorChecker(dataset))
+        return ProblemSet(problems, GeneratorChecker(section.generator, _arguments(section), problems[0].entry))
     assert section.data is not None, "the schema wants one of the two"
     data = load_rows(section.data, f"{key}.data")
     columns = find_definition(section.data, f"{key}.data")[0].columns

@@ -9,6 +9,7 @@ from transformers import DeepseekV3ForCausalLM, GenerationConfig, PreTrainedMode
 
 from transmla.export.deepseek_config import deepseek_config
 from transmla.export.deepseek_weights import export_state
+from transmla.export.older_readers import add_old_fields, save_tokenizer
 from transmla.recipe.schema import Export
 
 
@@ -23,7 +24,8 @@ def save_deepseek(
     model.load_state_dict(state, assign=True, strict=True)
     model.generation_config = GenerationConfig.from_dict(student.generation_config.to_dict())
     model.save_pretrained(folder, max_shard_size=section.max_shard_size)
-    tokenizer.save_pretrained(folder)
+    add_old_fields(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def save_own_class(
@@ -32,4 +34,5 @@ def save_own_class(
     """The student's own class: sharded safetensors, configuration, tokenizer. `import transmla` loads it."""
     student.to(dtype)  # type: ignore[arg-type]  # transformers' `to` is typed without its self
     student.save_pretrained(folder, max_shard_size=section.max_shard_size)
-    tokenizer.save_pretrained(folder)
+    add_old_fields(folder)
+    save_tokenizer(tokenizer, folder)

@@ -37,7 +37,7 @@ def targets() -> Iterator[tuple[str, str]]:
         yield "recover", f"{place}.partial-{name}/transmla.json"
         yield "recover", f"{place}{name}/transmla.json"
     yield "recover", ".partial-exported/model.safetensors"
-    yield "recover", ".partial-reload-of-partial-exported"
+    yield "recover", ".partial-exported/tokenizer_config.json"  # the reload check comes next
     yield "recover", "evaluation/.partial-recovered"
 
 

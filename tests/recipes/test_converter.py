@@ -134,9 +134,7 @@ def test_the_stock_checkpoint_is_the_student(model: str, tmp_path, capsys) -> No
 
 
 def test_float16(model: str, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(
-        "transmla.export.reload_check.score_in_fresh_process", lambda *files, stock: score(*map(str, files), stock)
-    )
+    monkeypatch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
     half = [*SMALL, "--dtype", "fp16"]
     assert main(["--model-path", model, "--save-path", str(tmp_path / "no"), *half, "--deepseek-style"]) == 2
     assert "error: --dtype: float16 cannot hold the linear latent norm" in capsys.readouterr().err

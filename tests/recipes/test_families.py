@@ -43,10 +43,7 @@ def write_recipe(family: str, folder: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figures and no fresh process for the reload check; tests/recipes/test_debug.py has both."""
     monkeypatch.setattr("transmla.report.render.plot_figures", lambda *args: None)
-    monkeypatch.setattr(
-        "transmla.export.reload_check.score_in_fresh_process",
-        lambda folder, tokens, out, stock: score(str(folder), str(tokens), str(out), "stock" if stock else "student"),
-    )
+    monkeypatch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])
@@ -73,6 +70,12 @@ def run_recipe(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert ("prediction layer(s) of the source" in printed) == (family == "mimo")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["export"]["format"] == expected and report["export"]["max_abs_logprob_diff"] < 1e-3
+    notes = json.loads((tmp_path / "out" / "exported" / "transmla.json").read_text())["notes"]
+    assert report["export"]["notes"] == notes and any("biases" in note for note in notes) == (family == "mimo")
+    for note in notes:  # in the plan, the log and the report
+        assert note in plan and note in printed and note in (tmp_path / "out" / "report.md").read_text()
+    config = json.loads((tmp_path / "out" / "exported" / "config.json").read_text())
+    assert config["rope_theta"] == (GEMMA3_ROPE["full_attention"]["rope_theta"] if "gemma3" in family else 1e4)
     quality = {name: content["sample_heldout"] for name, content in report["quality"].items()}
     assert quality["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
     assert quality["recovered"]["kl"] < quality["converted"]["kl"]

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.export.dimensions import export_dimensions
-from transmla.export.expressible import blocking_dtype, blocking_feature
+from transmla.export.expressible import blocking_dtype, blocking_feature, native_engine_notes
 from transmla.recipe.schema import Export
 
 DEEPSEEK = "deepseek_v3"
@@ -18,10 +18,12 @@ DEEPSEEK = "deepseek_v3"
 
 @dataclass(frozen=True)
 class Format:
-    """name: the exported config.json's model type. reason: why it is not DeepSeek's, or None."""
+    """name: the exported config.json's model type. reason: why it is not DeepSeek's, or None. notes: what a user has to
+    know before serving it."""
 
     name: str
     reason: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def stock(self) -> bool:
@@ -61,4 +63,4 @@ def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype
         export_dimensions(student, section.layout)
     except ValueError as error:
         raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
-    return Format(DEEPSEEK)
+    return Format(DEEPSEEK, notes=native_engine_notes(student))

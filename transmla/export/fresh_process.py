@@ -1,58 +1,80 @@
 """Reload check: a fresh process, in which this package cannot be imported, scores text with the exported model.
 
 Run as a script it is that process; it imports nothing of the package. For a student in its own class the process
-imports the package and nothing else differs.
+imports the package and nothing else differs. Tokens and scores go through pipes, so that no file is ever left behind.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOADERS = {"stock": "stock transformers", "student": "transformers with transmla"}
 
 
-def score(folder: str, tokens_file: str, out_file: str, stock: str) -> None:
-    """Load a directory with stock transformers and write log-probabilities of every next word.
+def score(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
+    """Load a directory with transformers; log-probabilities [n, L, V] in float32 of every next word.
 
     Whatever format the weights are stored in, they are multiplied in float32: rounded products would hide a mistake.
 
-    tokens_file: safetensors with `input_ids` [n, L]. out_file: safetensors with `log_probs` [n, L, V] in float32.
-    stock: `stock`, or `student` for a checkpoint that needs `import transmla`.
+    Args:
+        tokens: [n, L].
+        stock: whether it must load without this package.
     """
     import torch
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    if stock == "student":
+    if not stock:
         importlib.import_module("transmla")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if stock == "stock":
+    if stock:
         assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
-    tokens = load_file(tokens_file)["input_ids"]
     with torch.no_grad():
-        log_probs = torch.cat([model(row[None]).logits.float().log_softmax(-1) for row in tokens])
-    save_file({"log_probs": log_probs}, out_file)
+        return torch.cat([model(row[None]).logits.float().log_softmax(-1) for row in tokens])
 
 
-def score_in_fresh_process(folder: Path, tokens_file: Path, out_file: Path, *, stock: bool) -> None:
-    """Run `score` where importing `transmla` fails, or, for a checkpoint that is not stock, where it does not.
+def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
+    """`score` where importing `transmla` fails, or, for a checkpoint that is not stock, where it does not.
 
     Raises:
-        RuntimeError: the checkpoint does not load there; the message ends with the reason.
+        RuntimeError: the checkpoint does not load there; the message ends with the reason, on one line.
     """
+    import torch
+
     # -P and no PYTHONPATH: neither the current directory nor this file's is searched for modules.
-    words = [*map(str, (folder, tokens_file, out_file)), "stock" if stock else "student"]
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), *words]
+    kind = "stock" if stock else "student"
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), str(folder), kind]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if not stock:  # the package that wrote the checkpoint, not another one that may be installed
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        loader = "stock transformers" if stock else "transformers with transmla"
-        raise RuntimeError(f"export: {loader} cannot load {folder}: {reason}")
+    with tempfile.TemporaryFile() as errors:  # without a name: it is gone with this process
+        given = json.dumps(tokens.tolist()).encode()
+        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=errors, env=environment)
+        if done.returncode:
+            errors.seek(0)
+            reason = _reason(done.returncode, errors.read().decode(errors="replace"))
+            raise RuntimeError(f"{LOADERS[kind]} cannot load {folder}: {reason}")
+    shape, _, scores = done.stdout.partition(b"\n")
+    return torch.frombuffer(bytearray(scores), dtype=torch.float32).view(json.loads(shape))
+
+
+def _reason(code: int, printed: str) -> str:
+    """Why a process failed, on one line."""
+    if code == -signal.SIGKILL:
+        return "the process was killed, most likely for want of memory"
+    if code < 0:
+        return f"the process ended with {signal.Signals(-code).name}"
+    return (printed.strip().splitlines() or ["no output"])[-1]
 
 
 class _Refuse:
@@ -64,7 +86,20 @@ class _Refuse:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden from the reload check)")
 
 
-if __name__ == "__main__":
-    if sys.argv[4] == "stock":
+def main(folder: str, kind: str) -> None:
+    """Tokens as JSON on standard input; on standard output a line with the shape of the scores, then their bytes."""
+    out: Any = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no score
+    if kind == "stock":
         sys.meta_path.insert(0, _Refuse)
-    score(*sys.argv[1:])
+    import torch
+
+    scores = score(Path(folder), torch.tensor(json.load(sys.stdin)), stock=kind == "stock")
+    out.write(json.dumps(scores.shape).encode() + b"\n")
+    for row in scores:  # row by row: bytes of all of them would be a second copy
+        out.write(row.contiguous().numpy().tobytes())
+    out.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from transmla.errors import RecipeError
 from transmla.export.fresh_process import score_in_fresh_process
-from transmla.files import PARTIAL, scratch_folder
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
@@ -20,6 +19,12 @@ DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.
 MAX_KL = 5e-3
 
 
+def memory_of_check(section: Verify, parameters: int, config: PretrainedConfig) -> int:
+    """Rough bytes of memory that the check takes at its fullest: one model in float32, and the log-probabilities of
+    both, of which one is in two processes."""
+    return 4 * parameters + 4 * 3 * section.tokens * config.vocab_size
+
+
 @torch.no_grad()
 def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
@@ -27,38 +32,34 @@ def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def verify_export(
-    folder: Path, student: PreTrainedModel, tokens: Tensor, section: Verify, dtype: torch.dtype, *, stock: bool = True
+def check_reload(
+    folder: Path, tokens: Tensor, expected: Tensor, section: Verify, dtype: torch.dtype, *, stock: bool = True
 ) -> float:
-    """`check_reload` against a student in float32, with the recipe's tolerance or the one of the stored `dtype`."""
-    tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
-    return check_reload(folder, tokens, log_probabilities(student, tokens), tolerance, stock=stock)
-
-
-def check_reload(folder: Path, tokens: Tensor, expected: Tensor, tolerance: float, *, stock: bool = True) -> float:
     """Score tokens with the exported model in a fresh process and compare.
 
     Args:
-        expected: log-probabilities of the student, [n, L, V].
+        expected: log-probabilities of the student in float32, [n, L, V].
+        dtype: what the weights are stored in; decides the tolerance where the recipe names none.
         stock: whether it must load without this package.
 
     Returns:
         The largest difference.
 
     Raises:
-        RuntimeError: it is above the tolerance, or the mean KL is above `MAX_KL`, or the checkpoint does not load.
+        RecipeError: it is above the tolerance, or the mean KL is above `MAX_KL`, or the check cannot run.
     """
-    with scratch_folder(folder.with_name(f"{PARTIAL}-reload-of-{folder.name.lstrip('.')}")) as scratch:
-        tokens_file, scores_file = scratch / "tokens.safetensors", scratch / "scores.safetensors"
-        save_file({"input_ids": tokens}, tokens_file)
-        score_in_fresh_process(folder, tokens_file, scores_file, stock=stock)
-        scores = load_file(scores_file)["log_probs"]
+    tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
+    try:
+        scores = score_in_fresh_process(folder, tokens, stock=stock)
+    except (OSError, RuntimeError) as error:  # no process, no memory, no checkpoint that loads
+        raise RecipeError("export.verify", f"{error}; nothing was published") from None
     difference = float((scores - expected).abs().max())
     kl = float((expected.exp() * (expected - scores)).sum(-1).mean())
     if not (difference <= tolerance and kl <= MAX_KL):  # a NaN fails too
-        raise RuntimeError(
-            f"export.verify: log-probabilities of the exported model differ from the student's by up to "
-            f"{difference:.3g} "
-            f"(tolerance {tolerance:.3g}), KL {kl:.3g} (at most {MAX_KL}); nothing was published"
+        raise RecipeError(
+            "export.verify",
+            f"log-probabilities of the exported model differ from the student's by up to {difference:.3g} (tolerance "
+            f"{tolerance:.3g}), KL {kl:.3g} (at most {MAX_KL}); nothing was published; a difference that rounding "
+            "explains passes with a larger export.verify.tolerance",
         )
     return difference

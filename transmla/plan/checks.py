@@ -18,6 +18,7 @@ from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.data_checks import check_data
 from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
+from transmla.plan.export_checks import check_export
 from transmla.plan.memory import Sizes, count_parameters
 from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import check_output_folder, output_folder
@@ -63,6 +64,8 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     check_stages(recipe, found.config, device, dtype, kinds)
     check_budgets(recipe, found.config, sizes)
     check_evaluation(recipe, found.config.max_position_embeddings)
+    if exports and not recipe.dry_run:
+        check_export(recipe, sizes, found.config)
     output = output_folder(recipe)
     if not recipe.dry_run:
         check_output_folder(output)

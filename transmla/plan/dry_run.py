@@ -85,6 +85,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         )
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",
+        *(f"             note: {note}" for note in prepared.export.notes),
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
         *(

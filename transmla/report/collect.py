@@ -60,6 +60,7 @@ def collect(
         else {
             "path": str(exported),
             "format": export["format"],
+            "notes": export["notes"],
             "max_abs_logprob_diff": export["max_abs_logprob_diff"],
         },
         "key_regression_error": conversion.get("key_regression_error"),

@@ -50,6 +50,8 @@ def render(report: dict[str, Any]) -> str:
             f"`{export['path']}` ({export['format']}): a fresh process with {loader} gives the recovered "
             f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
             "",
+            *(f"- Note: {note}." for note in export["notes"]),
+            *([""] if export["notes"] else []),
         ]
     lines += written_lines(report)
     for prompt in next(iter(report["continuations"].values()), {}):

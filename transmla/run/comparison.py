@@ -10,12 +10,13 @@ from torch import Tensor
 
 from transmla.convert.three_models import Compared, convert_and_compare
 from transmla.errors import RecipeError
-from transmla.export.checkpoint import save_deepseek
-from transmla.export.reload_check import verify_export
+from transmla.export.checkpoint import save_deepseek, save_own_class
+from transmla.export.expressible import native_engine_notes
+from transmla.export.reload_check import check_reload, log_probabilities
 from transmla.hardware import peak_memory
 from transmla.run.artifacts import METADATA, make, publishing, read_metadata, save_recipe, versions
 from transmla.run.context import Run
-from transmla.run.convert import save_converted, save_student
+from transmla.run.convert import save_converted
 from transmla.run.datasets import calibration_windows, evaluation_windows
 from transmla.run.export import export_dtype
 from transmla.run.fingerprints import fingerprint
@@ -54,7 +55,7 @@ def save_conversion(run: Run, folder: Path, *, stock: bool, measure: bool) -> st
         if stock:
             _save_stock(run, done, calibration, scratch, metadata)
         else:
-            save_student(run, done.conversion.student, scratch)
+            save_own_class(done.conversion.student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
 
     folder = folder.resolve()  # the temporary folder lies beside it
     export = run.recipe.export.model_dump(mode="json") if stock else None
@@ -111,10 +112,14 @@ def _compared(run: Run, calibration: Tensor, measure: bool, metadata: dict[str, 
 
 def _save_stock(run: Run, done: Compared, calibration: Tensor, scratch: Path, metadata: dict[str, Any]) -> None:
     section, dtype = run.recipe.export, export_dtype(run)
+    notes = native_engine_notes(done.conversion.student.config)
+    for note in notes:
+        run.say(f"[{run.recipe.name}] note: {note}")
+    metadata["notes"] = list(notes)
     save_deepseek(done.conversion.student, run.tokenizer, section, dtype, scratch)
     tokens = calibration[:1, : section.verify.tokens]
-    student = done.conversion.student.float().cpu()
-    metadata["max_abs_logprob_diff"] = verify_export(scratch, student, tokens, section.verify, dtype)
+    expected = log_probabilities(done.conversion.student.float().cpu(), tokens)
+    metadata["max_abs_logprob_diff"] = check_reload(scratch, tokens, expected, section.verify, dtype)
 
 
 def _folds(freqfold: int | list[int]) -> str:

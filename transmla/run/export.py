@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
-from transmla.export.reload_check import verify_export
+from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
+from transmla.hardware import free_memory
 from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
@@ -25,12 +27,14 @@ def export(run: Run) -> None:
         chosen = run.prepared.export
         if not chosen.stock:
             run.say(f"[export] {chosen.describe(run.recipe.export)}")
+        for note in chosen.notes:
+            run.say(f"[export] note: {note}")
         require_unharmed(run.paths.student)
         student = load_model(run.paths.student, run.dtype, "cpu")
         save = save_deepseek if chosen.stock else save_own_class
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
         del student  # one model in memory at a time
-        metadata["format"] = chosen.name
+        metadata |= {"format": chosen.name, "notes": list(chosen.notes)}
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
     make(run, run.paths.exported, run.digests.export, "export", build)
@@ -58,6 +62,27 @@ def _check_reload(run: Run, folder: Path) -> float:
     section, evaluated = run.recipe.export.verify, run.recipe.evaluate
     length = min(section.tokens, evaluated.max_length)
     tokens = token_windows_of(run, evaluated.data[:1], "evaluate", tokens=section.tokens, length=length)
+    _require_memory(run)
     require_unharmed(run.paths.student)
     student = load_model(run.paths.student, torch.float32, "cpu")
-    return verify_export(folder, student, tokens, section, export_dtype(run), stock=run.prepared.export.stock)
+    expected = log_probabilities(student, tokens)
+    del student  # one model in memory at a time
+    return check_reload(folder, tokens, expected, section, export_dtype(run), stock=run.prepared.export.stock)
+
+
+def _require_memory(run: Run) -> None:
+    """Refuse a check that would end in the middle, for want of memory.
+
+    Raises:
+        RecipeError: too little is free, even without the teacher.
+    """
+    section, cpu = run.recipe.export.verify, torch.device("cpu")
+    needed = memory_of_check(section, run.prepared.sizes.student, run.prepared.config)
+    if free_memory(cpu) < needed:
+        run.release_teacher()
+    if (free := free_memory(cpu)) < needed:
+        raise RecipeError(
+            "export.verify",
+            f"the check of the export takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; end other "
+            "programs or lower export.verify.tokens, and run the recipe again",
+        )

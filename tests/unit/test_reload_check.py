@@ -1,0 +1,45 @@
+"""A reload check that fails, or cannot run, says so in one line."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from transmla.errors import RecipeError
+from transmla.export import fresh_process
+from transmla.export.reload_check import check_reload
+from transmla.plan.checks import prepare
+from transmla.recipe.compose import load_recipe
+from transmla.recipe.schema import Verify
+
+TOKENS = torch.ones(1, 4, dtype=torch.long)
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(RecipeError) as caught:
+        check_reload(folder, TOKENS, torch.zeros(1, 4, 7), Verify(), torch.float32)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_a_checkpoint_that_does_not_load(tmp_path: Path) -> None:
+    line = refused(tmp_path)
+    assert line.startswith("export.verify: stock transformers cannot load") and line.endswith("nothing was published")
+
+
+def test_a_process_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does where memory runs out."""
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    script = tmp_path / "killed.py"
+    script.write_text(killed)
+    monkeypatch.setattr(fresh_process, "__file__", str(script))
+    assert "the process was killed, most likely for want of memory" in refused(tmp_path)
+    assert fresh_process._reason(-signal.SIGSEGV, "") == "the process ended with SIGSEGV"
+
+
+def test_a_machine_without_the_memory_is_refused_early() -> None:
+    words = ["device=cpu", "export.verify.tokens=10000000000"]
+    with pytest.raises(RecipeError, match="export.verify: the check of the export takes .* GiB of memory"):
+        prepare(load_recipe("debug", words))
+    prepare(load_recipe("debug", [*words, "dry_run=true"]))  # a plan may be made on another machine

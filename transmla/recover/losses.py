@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ ELEMENTS = 2**25  # logits of one model that exist at a time: 128 MiB in float32
 SLOPES = 2**27  # derivatives kept for one product with the hidden states: 256 MiB in bfloat16
 
 ROWS = 2**13  # rows of the head whose gradient is formed at a time
+# Where one kernel makes value and slope of two models' logits, fewer and larger chunks pay: their bytes, 0.6 GiB, and
+# derivatives kept for one product. A chunk's tokens are a multiple of what matrix products on a GPU are cut into.
+FUSED_BYTES, FUSED_SLOPES, TILE = 5 * 2**27, 2**28, 128
 
 
 @dataclass(frozen=True)
@@ -168,14 +172,59 @@ def _fast(function: Callable, logits: Tensor) -> Callable:
 def _accumulate(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
     """Add slopesᵀ · hidden ([n, V] and [n, D]) to the head's gradient [V, D], which is as large as a head of float32.
 
-    One product a chunk would read and write all of it for a few hundred tokens; a whole product would need it twice.
+    Accumulating per chunk would rewrite the whole gradient for a few hundred tokens; one product over all tokens would
+    need their slopes, or a second copy of it.
     """
     hidden = hidden.to(slopes.dtype)
     narrow = slopes.is_cuda and slopes.dtype == torch.bfloat16
+    if narrow:
+        own = total[: slopes.shape[1]]
+        torch.addmm(own, slopes.T, hidden, out_dtype=torch.float32, out=own)
+        return
     for start in range(0, slopes.shape[1], ROWS):
         rows = slopes[:, start : start + ROWS].T
-        part = torch.mm(rows, hidden, out_dtype=torch.float32) if narrow else rows @ hidden
+        part = rows @ hidden
         total[start : start + len(part)] += part
+
+
+def _has_kernel(states: Tensor) -> bool:
+    """Whether one kernel makes value and slope of two models' logits: on a GPU with Triton."""
+    return states.is_cuda and find_spec("triton") is not None
+
+
+def _fused_chunk(words: int, shared: bool) -> int:
+    """Tokens whose logits exist at a time: float32 of both models, or of the teacher and bfloat16 of the difference."""
+    most = max(1, FUSED_BYTES // (words * (6 if shared else 8)))
+    return most if most < TILE else most // TILE * TILE
+
+
+def _fused(
+    logits: Tensor,
+    expected: Tensor,
+    labels: Tensor | None,
+    mixture: Mixture,
+    softcap: float | None,
+    products: torch.dtype,
+    out: Tensor | None,
+    *,
+    gap: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `_dense`, by the kernel, which uses the student's logits up; with `gap` they are what they have more than the
+    teacher's."""
+    from transmla.recover.fused_divergence import value_and_slope_of_logits
+
+    return value_and_slope_of_logits(
+        logits,
+        expected,
+        mixture.divergence,
+        gap=gap,
+        temperature=mixture.temperature,
+        labels=labels,
+        share=mixture.cross_entropy,
+        softcap=softcap,
+        products=products,
+        out=out,
+    )
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -191,17 +240,31 @@ class _TokenLoss(torch.autograd.Function):
         plain = mixture.temperature == 1.0
         temperature = None if plain else torch.tensor(mixture.temperature, dtype=wide, device=student.device)
         rest = (mixture.divergence, mixture.cross_entropy, softcap, products)
-        chunk = chunk or max(1, ELEMENTS // words)
-        together = min(len(student), max(1, SLOPES // words // chunk) * chunk)  # tokens of one product for the head
+        fused = isinstance(teacher, Teacher) and _has_kernel(student)
+        # One product of the difference of the states has the digits that two products would lose in theirs.
+        shared = fused and products == torch.bfloat16 and teacher.head.data_ptr() == student_head.data_ptr()
+        chunk = chunk or (_fused_chunk(words, shared) if fused else max(1, ELEMENTS // words))
+        # Tokens of one product for the head's gradient.
+        together = min(len(student), max(1, (FUSED_SLOPES if fused else SLOPES) // words // chunk) * chunk)
         slopes = student.new_empty(together, words, dtype=products if student.is_cuda else wide) if need_head else None
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            logits = logits_float32(student[part], head)
+            if shared:
+                assert isinstance(teacher, Teacher)
+                logits = ((student[part] - teacher.hidden[part]).to(products)) @ head.T
+            else:
+                logits = logits_float32(student[part], head)
             target = None if labels is None else labels[part]
             if teacher is None:
                 value, slope = _fast(_label, logits)(logits, target, softcap, products)
             elif isinstance(teacher, Kept):
                 value, slope = _fast(_kept, logits)(logits, teacher.ids[part], teacher.logp[part], target, *rest)
+            elif fused:
+                expected = logits_float32(teacher.hidden[part], teacher.head[:words])
+                done = start % together
+                out = None if slopes is None else slopes[done : done + len(logits)]
+                value, slope = _fused(logits, expected, target, mixture, softcap, products, out, gap=shared)
+                del expected
             else:
                 expected = logits_float32(teacher.hidden[part], teacher.head[:words])
                 value, slope = _fast(_dense, logits)(logits, expected, temperature, target, *rest)
@@ -212,9 +275,11 @@ class _TokenLoss(torch.autograd.Function):
                 grad_hidden[part] = (slope @ head).to(student.dtype)
             if need_head:
                 done = start % together + len(slope)
-                slopes[done - len(slope) : done] = slope
+                if not fused:
+                    slopes[done - len(slope) : done] = slope
                 if done == together or start + chunk >= len(student):
                     _accumulate(grad_head, slopes[:done], student[start + len(slope) - done : start + len(slope)])
+            del slope  # before the next chunk's logits are made
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_head.dtype
         return total

@@ -27,7 +27,7 @@ def score(folder: str, tokens_file: str, out_file: str, stock: str) -> None:
 
     if stock == "student":
         importlib.import_module("transmla")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     if stock == "stock":
         assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
     tokens = load_file(tokens_file)["input_ids"]

@@ -11,116 +11,37 @@ It is read-only, and it has no xet storage, no search and no dataset viewer.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from email.message import Message
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Self
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
-import yaml
+from tests.hub_http import Answer, Handler, Listener, Request
+from tests.hub_repository import (
+    DATE,
+    Blob,
+    Files,
+    Repository,
+    digest_of,
+    files_below,
+    folder_files,
+    is_set,
+    references,
+    repository_facts,
+    tree_entry,
+)
 
-Files = str | Path | Mapping[str, bytes | Path]
-
-CHUNK = 1 << 20
-LFS_SIZE = 10 << 20
-LFS_SUFFIXES = {".arrow", ".bin", ".gguf", ".gz", ".model", ".npy", ".parquet", ".pt", ".pth", ".safetensors", ".zst"}
-DATE = "2026-01-01T00:00:00.000Z"
 VERBS = "revision|tree|paths-info|refs|commits|auth-check"
 NAME = rf"[^/]+(?:/(?!(?:{VERBS})(?:/|$))[^/]+)?"
 REVISION = "refs/(?:convert|pr)/[^/]+|[^/]+"
 API = re.compile(rf"/api/(models|datasets)/({NAME})(?:/({VERBS})(?:/({REVISION}))?(?:/(.+))?)?")
 FILE = re.compile(rf"/(?:(datasets)/)?([^/]+(?:/[^/]+)?)/resolve/({REVISION})/(.+)")
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
-
-
-@dataclass
-class Request:
-    """One request as the server saw it; it is logged before its first byte goes out."""
-
-    method: str
-    path: str  # quoted as it came, without the query
-    status: int
-    range: str | None  # the Range header
-    authorized: bool  # whether it carried the server's token
-    sent: int = 0  # bytes of the body
-
-
-@dataclass(frozen=True)
-class Blob:
-    """A file of a repository: its bytes or the path that holds them, and the names of its content."""
-
-    source: bytes | Path
-    size: int
-    oid: str  # git's SHA-1 of the file, or of the pointer that stands for an LFS file
-    lfs: dict[str, Any] | None  # None: stored in git itself
-
-    @classmethod
-    def of(cls, name: str, source: bytes | Path) -> Self:
-        """The blob of a file; weights, parquet and what is larger than 10 MiB are LFS files, as on the hub."""
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size <= LFS_SIZE and PurePosixPath(name).suffix not in LFS_SUFFIXES:
-            return cls(source, size, _git_oid(_chunks(source, 0, size), size), None)
-        digest = hashlib.sha256()
-        for chunk in _chunks(source, 0, size):
-            digest.update(chunk)
-        sha256 = digest.hexdigest()
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-        lfs = {"oid": sha256, "sha256": sha256, "size": size, "pointerSize": len(pointer)}
-        return cls(source, size, _git_oid(iter([pointer]), len(pointer)), lfs)
-
-    @property
-    def etag(self) -> str:
-        return self.lfs["sha256"] if self.lfs else self.oid
-
-
-@dataclass
-class Repository:
-    """The branches of a repository (commits, the newest last) and the files of every commit."""
-
-    name: str
-    branches: dict[str, list[str]] = field(default_factory=dict)
-    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
-    private: bool = False
-    gated: bool = False
-
-    def resolve(self, revision: str) -> str | None:
-        """The commit of a branch or of a full commit hash; None when there is no such revision."""
-        if revision in self.branches:
-            return self.branches[revision][-1]
-        return revision if revision in self.commits else None
-
-
-@dataclass
-class Answer:
-    """A response: the body is bytes, or the range [start, stop) of a blob, of which at most `limit` bytes are sent."""
-
-    status: int
-    body: bytes | Path = b""
-    headers: dict[str, str] = field(default_factory=dict)
-    start: int = 0
-    stop: int = 0
-    limit: int | None = None
-
-    @classmethod
-    def of(cls, content: object, **headers: str) -> Self:
-        body = json.dumps(content).encode()
-        return cls(200, body, {"Content-Type": "application/json"} | headers, stop=len(body))
-
-    @classmethod
-    def error(cls, status: int, message: str, code: str | None = None, **headers: str) -> Self:
-        """A refusal; the client picks its exception by the code, such as RepoNotFound or EntryNotFound."""
-        body = json.dumps({"error": message}).encode()
-        headers |= {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-        return cls(status, body, {"Content-Type": "application/json"} | headers, stop=len(body))
 
 
 class HubServer:
@@ -140,7 +61,7 @@ class HubServer:
         self._renamed: dict[str, str] = {}
         self._cuts: dict[tuple[str, str], int] = {}
         self._down = False
-        self._listener = _Listener(("127.0.0.1", 0), partial(_Handler, self))
+        self._listener = Listener(("127.0.0.1", 0), partial(Handler, self))
         self.endpoint = f"http://127.0.0.1:{self._listener.server_port}"
 
     def __enter__(self) -> Self:
@@ -266,9 +187,9 @@ class HubServer:
     def _add(self, kind: str, name: str, revisions: Mapping[str, Files]) -> str:
         repository = self._repositories.setdefault((kind, name), Repository(name))
         for branch, files in revisions.items():
-            sources = files if isinstance(files, Mapping) else _folder(Path(files))
+            sources = files if isinstance(files, Mapping) else folder_files(Path(files))
             blobs = {file: Blob.of(file, source) for file, source in sorted(sources.items())}
-            commit = _digest(f"{blob.oid} {file}" for file, blob in blobs.items())
+            commit = digest_of(f"{blob.oid} {file}" for file, blob in blobs.items())
             repository.commits[commit] = blobs
             repository.branches.setdefault(branch, []).append(commit)
         return repository.branches["main"][-1]
@@ -291,7 +212,7 @@ class HubServer:
         if verb == "auth-check":
             return Answer.of({})
         if verb == "refs":
-            return Answer.of(_refs(repository))
+            return Answer.of(references(repository))
         commit = repository.resolve(revision)
         if commit is None:
             return Answer.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -301,9 +222,9 @@ class HubServer:
             return Answer.of([{"id": commit, **about} for commit in reversed(history)])
         if verb == "paths-info":
             files = repository.commits[commit]
-            paths = {path for path in query.get("paths", []) if path in files or _within(files, path)}
-            return Answer.of([_entry(files, path, commit, query) for path in sorted(paths)])
-        return Answer.of(_info(repository, commit, query))
+            paths = {path for path in query.get("paths", []) if path in files or files_below(files, path)}
+            return Answer.of([tree_entry(files, path, commit, query) for path in sorted(paths)])
+        return Answer.of(repository_facts(repository, commit, query))
 
     def _tree(
         self, repository: Repository, revision: str, folder: str, path: str, query: Mapping[str, list[str]]
@@ -312,16 +233,16 @@ class HubServer:
         if commit is None:
             return Answer.error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         files = repository.commits[commit]
-        within = _within(files, folder)
+        within = files_below(files, folder)
         if folder and not within:
             return Answer.error(404, f"{folder} does not exist on this revision", "EntryNotFound")
         depth = len(PurePosixPath(folder).parts)
         paths = set(within) | {str(parent) for file in within for parent in PurePosixPath(file).parents}
-        if not _flag(query, "recursive"):
+        if not is_set(query, "recursive"):
             paths = {"/".join(path.split("/")[: depth + 1]) for path in paths}
         listed = sorted(path for path in paths if path != "." and len(path.split("/")) > depth)
         start = int(query.get("cursor", ["0"])[0])
-        page = [_entry(files, path, commit, query) for path in listed[start : start + self.page]]
+        page = [tree_entry(files, path, commit, query) for path in listed[start : start + self.page]]
         if start + self.page >= len(listed):
             return Answer.of(page)
         following = urlencode({**query, "cursor": [str(start + self.page)]}, doseq=True)
@@ -350,141 +271,3 @@ class HubServer:
         if method == "GET":
             answer.limit = self._cuts.pop((repository.name, file), None)
         return answer
-
-
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64  # a snapshot opens eight connections at once; the default of five would delay some
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Reads a request from the socket, asks the hub for the answer and writes it."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def __init__(self, hub: HubServer, *arguments: Any) -> None:
-        self.hub = hub
-        super().__init__(*arguments)
-
-    def handle(self) -> None:
-        with suppress(ConnectionError):  # a client may leave in the middle of a file
-            super().handle()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        answer = self.hub.answer(self.command, self.path, self.headers, body.decode(errors="replace"))
-        path, authorized = urlsplit(self.path).path, self.hub.accepts(self.headers)
-        request = Request(self.command, path, answer.status, self.headers.get("Range"), authorized)
-        self.hub.log.append(request)
-        self.send_response(answer.status)
-        length = answer.stop - answer.start
-        for header in {**answer.headers, "Content-Length": str(length)}.items():
-            self.send_header(*header)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        limit = length if answer.limit is None else min(answer.limit, length)
-        self.close_connection = self.close_connection or limit < length
-        for chunk in _chunks(answer.body, answer.start, answer.start + limit):
-            request.sent += len(chunk)  # before the write, so that a client that has the file finds it in the log
-            self.wfile.write(chunk)
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-
-def _folder(folder: Path) -> dict[str, bytes | Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-
-
-def _chunks(source: bytes | Path, start: int, stop: int) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        for offset in range(start, stop, CHUNK):
-            yield source[offset : min(offset + CHUNK, stop)]
-        return
-    with source.open("rb") as stream:
-        stream.seek(start)
-        while start < stop and (chunk := stream.read(min(CHUNK, stop - start))):
-            start += len(chunk)
-            yield chunk
-
-
-def _git_oid(chunks: Iterator[bytes], size: int) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % size)
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _digest(lines: Iterator[str]) -> str:
-    return hashlib.sha1("\n".join(lines).encode()).hexdigest()
-
-
-def _within(files: Mapping[str, Blob], folder: str) -> list[str]:
-    return [file for file in files if not folder or file.startswith(f"{folder}/")]
-
-
-def _flag(query: Mapping[str, list[str]], key: str) -> bool:
-    return query.get(key, ["false"])[0].lower() in ("true", "1")
-
-
-def _entry(files: Mapping[str, Blob], path: str, commit: str, query: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A line of a tree listing, as the hub writes it for a file or a folder."""
-    last = {"lastCommit": {"id": commit, "title": "Upload", "date": DATE}} if _flag(query, "expand") else {}
-    if path in files:
-        blob = files[path]
-        lfs = {"lfs": blob.lfs} if blob.lfs else {}
-        return {"type": "file", "path": path, "size": blob.size, "oid": blob.oid, **lfs, **last}
-    oid = _digest(f"{files[file].oid} {file}" for file in _within(files, path))
-    return {"type": "directory", "path": path, "size": 0, "oid": oid, **last}
-
-
-def _refs(repository: Repository) -> dict[str, list[dict[str, str]]]:
-    refs: dict[str, list[dict[str, str]]] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
-    for branch, history in repository.branches.items():
-        group = {"refs/convert/": "converts", "refs/pr/": "pullRequests"}.get(branch[: branch.rfind("/") + 1])
-        ref = branch if group else f"refs/heads/{branch}"
-        name = branch.rpartition("/")[2] if group else branch
-        refs[group or "branches"].append({"name": name, "ref": ref, "targetCommit": history[-1]})
-    return refs
-
-
-def _info(repository: Repository, commit: str, query: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The facts of a repository at a commit; `expand` picks some of them, `blobs` adds sizes and hashes of files."""
-    files = repository.commits[commit]
-    siblings: list[dict[str, Any]] = [{"rfilename": file} for file in files]
-    if _flag(query, "blobs"):
-        for sibling, blob in zip(siblings, files.values(), strict=True):
-            sibling |= {"size": blob.size, "blobId": blob.oid} | ({"lfs": blob.lfs} if blob.lfs else {})
-    card = _card(files.get("README.md"))
-    info = {
-        "id": repository.name,
-        "author": repository.name.rpartition("/")[0],
-        "sha": commit,
-        "createdAt": DATE,
-        "lastModified": DATE,
-        "private": repository.private,
-        "gated": "manual" if repository.gated else False,
-        "disabled": False,
-        "downloads": 0,
-        "likes": 0,
-        "tags": list(card.get("tags") or []),
-        "cardData": card,
-        "siblings": siblings,
-        "usedStorage": sum(blob.size for blob in files.values()),
-    }
-    wanted = query.get("expand")
-    return {key: value for key, value in info.items() if key in ("id", *wanted)} if wanted else info
-
-
-def _card(readme: Blob | None) -> dict[str, Any]:
-    """The YAML block that opens a README."""
-    text = b"".join(_chunks(readme.source, 0, readme.size)).decode() if readme else ""
-    block = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    card = yaml.safe_load(block[1]) if block else None
-    return json.loads(json.dumps(card, default=str)) if isinstance(card, dict) else {}

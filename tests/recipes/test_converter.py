@@ -196,7 +196,7 @@ MISTAKES = {
     "test windows too long": (["--ppl-eval-batch-size", "1"], "--ppl-eval-seqlen", "512"),
     "negative batch": (["--ppl-eval-batch-size", "-1"], "--ppl-eval-batch-size", "at least 0"),
     "negative seed": (["--seed", "-1"], "--seed", "at least 0"),
-    "no such model": (["--model-path", "./nowhere"], "--model-path", "config.json"),
+    "no such model": (["--model-path", "./nowhere"], "--model-path", "no such directory"),
     "a full folder": (["--save-path", str(Path(__file__).parent)], "--save-path", "no converted model"),
     "a file": (["--save-path", __file__], "--save-path", "is a file"),
 }

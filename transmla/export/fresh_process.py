@@ -36,7 +36,7 @@ def score(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
 
     if not stock:
         importlib.import_module("transmla")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     if stock:
         assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
     with torch.no_grad():

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from transmla.generate.sampler import Sample, end_tokens, until_the_end
 from transmla.recipe.writing import Sampling
+from transmla.sources.config import read_config
+from transmla.sources.generation import read_generation
 
 
 class VllmSampler:
@@ -22,7 +24,8 @@ class VllmSampler:
         from vllm import LLM
 
         self.llm = LLM(str(folder), dtype=str(dtype).removeprefix("torch."), max_model_len=max_length)
-        self.ends = sorted(end_tokens(_generation_config(folder), tokenizer))
+        generation = read_generation(folder, read_config(folder, "model.source"), "model.source")
+        self.ends = sorted(end_tokens(generation, tokenizer))
 
     def __call__(self, prompts: Sequence[list[int]], settings: Sampling, seed: int) -> list[Sample]:
         from vllm import SamplingParams
@@ -42,9 +45,3 @@ class VllmSampler:
         outputs = [reply.outputs[0] for reply in found]
         cut = [until_the_end(list(output.token_ids), set(self.ends)) for output in outputs]
         return [Sample(one.tokens, output.finish_reason == "stop") for one, output in zip(cut, outputs, strict=True)]
-
-
-def _generation_config(folder: Path) -> GenerationConfig:
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))

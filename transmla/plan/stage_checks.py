@@ -18,6 +18,7 @@ from transmla.recipe.budget import ROW_LENGTH
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import AnyStage, Distill, OnPolicy, TrainerStage
+from transmla.sources.check import check_planned
 from transmla.sources.config import source_config
 from transmla.sources.kinds import kind_of
 
@@ -103,10 +104,7 @@ def _has_compiler() -> bool:
 def _check_teacher(stage: Distill, teacher: ModelSource, key: str, config: PretrainedConfig, *, online: bool) -> None:
     if teacher.config is None and kind_of(teacher.source) == "hub" and not online:
         return  # a plan asks no hub
-    try:
-        facts = source_config(teacher)
-    except RecipeError as error:
-        raise RecipeError(key, str(error)) from None
+    facts = source_config(teacher, key)
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(facts), None)
     if architecture is None or architecture.base_model_prefix != "model":
         raise RecipeError(
@@ -118,3 +116,4 @@ def _check_teacher(stage: Distill, teacher: ModelSource, key: str, config: Pretr
         )
     if final_softcap(facts) != final_softcap(config):
         raise RecipeError(key, "its final logits are capped otherwise than the source's; name another")
+    check_planned(teacher, facts, key)

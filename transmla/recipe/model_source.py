@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from transmla.recipe.base import Section
+
+PACKAGE = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"  # PEP 508
+# PEP 440, in the form that an index lists.
+VERSION = r"(?:\d+!)?\d+(?:\.\d+)*(?:(?:a|b|rc)\d+)?(?:\.post\d+)?(?:\.dev\d+)?(?:\+[a-z0-9]+(?:[._-][a-z0-9]+)*)?"
+PINNED = re.compile(f"{PACKAGE}=={VERSION}", re.ASCII | re.IGNORECASE)
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class TokenizerEdits(Section):
@@ -33,13 +40,30 @@ class ModelSource(Section):
     tie_word_embeddings: bool | None = None  # for a GGUF that carries a second copy of a tied embedding
     config: dict[str, Any] | None = None
 
+    @field_validator("source")
+    @classmethod
+    def _of_one_form(cls, source: str) -> str:
+        """What reaches pip, the hub or the file system cannot be taken for an option, a path or another command."""
+        if not source.strip() or not source.isprintable():
+            raise ValueError("give a hub id, a directory, a .gguf file, random, or pypi:PACKAGE==VERSION")
+        packages = source.removeprefix("pypi:").split(",") if source.startswith("pypi:") else []
+        if not all(PINNED.fullmatch(package) for package in packages):
+            raise ValueError(
+                "name one version of every package and nothing else: pypi:PACKAGE==VERSION[,PACKAGE==VERSION]"
+            )
+        return source
+
+    @field_validator("sha256")
+    @classmethod
+    def _whole_digest(cls, sha256: str | None) -> str | None:
+        if sha256 is not None and not DIGEST.fullmatch(sha256):
+            raise ValueError("give 64 hexadecimal digits in lower case, as sha256sum prints them")
+        return sha256
+
     @model_validator(mode="after")
     def _pinned(self) -> ModelSource:
-        if self.source.startswith("pypi:"):
-            if any(part.count("==") != 1 for part in self.source.removeprefix("pypi:").split(",")):
-                raise ValueError(
-                    "source must name one version of every package: pypi:PACKAGE==VERSION[,PACKAGE==VERSION]"
-                )
-            if self.sha256 is None:
-                raise ValueError("sha256 is required for a pypi: source (the digest of the GGUF inside the wheel)")
+        if "://" in self.source:  # it may hold a password; an error of the field would repeat it
+            raise ValueError("source is a URL; give the hub id (ORG/NAME), or the path of what you downloaded")
+        if self.source.startswith("pypi:") and self.sha256 is None:
+            raise ValueError("sha256 is required for a pypi: source (the digest of the GGUF inside the wheel)")
         return self

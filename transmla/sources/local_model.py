@@ -1,18 +1,64 @@
-"""Load a causal language model from a directory."""
+"""Load a causal language model from a directory: all of it, or none."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from transmla.errors import RecipeError
 from transmla.families import default_kernel
+from transmla.files import MANIFEST, damage
+from transmla.sources.config import read_config
+from transmla.sources.file_digests import read_digests
+from transmla.sources.generation import read_generation
+from transmla.sources.kinds import cache_folder
+from transmla.sources.weight_values import check_values
+from transmla.sources.weights import misfit, read_headers
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Load a causal language model in eval mode, with its family's attention kernel."""
-    config = AutoConfig.from_pretrained(folder)
-    kernel = default_kernel(config.model_type)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=kernel)
-    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' `to` is typed without its self
+    """Load a student or an exported model in eval mode, with its family's attention kernel.
+
+    Raises:
+        RecipeError: a file is damaged, or the weights are not those of the configuration.
+    """
+    read_headers(folder, "output_dir", "delete that folder, to have it made again")
+    return _load(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype, device, "output_dir")
+
+
+def load_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model.source") -> PreTrainedModel:
+    """Load a source in eval mode, with its family's attention kernel, from a directory that `check_folder` accepts.
+
+    Its generation configuration is in a form that can be saved. key: for errors.
+
+    Raises:
+        RecipeError: its weights are not those of its configuration, were changed in the cache, or are no numbers.
+    """
+    config = read_config(folder, key)
+    if folder.parent == cache_folder() and (folder / MANIFEST).is_file() and (found := damage(folder, read_digests)):
+        raise RecipeError(key, f"{folder} is damaged: {found}; delete it, the next run makes it again")
+    check_values(folder, config, dtype, key)
+    return _load(folder, config, dtype, device, key, generation_config=read_generation(folder, config, key))
+
+
+def _load(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, key: str, **options: Any
+) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=default_kernel(config.model_type),
+        ignore_mismatched_sizes=True,  # they are in the report, and refused below
+        output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        **options,
+    )
+    model, report = loaded
+    if reason := misfit(report):
+        raise RecipeError(key, f"the weights of {folder} do not fit its config.json: {reason}; make that folder again")
+    return model.to(device).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from tests.unit.test_files import DAMAGES
 from tests.unit.test_recover import losses, make_trainer
@@ -81,37 +82,57 @@ def test_a_stage_killed_after_its_last_checkpoint(stage: dict, tmp_path) -> None
         assert torch.equal(one, other) and not other.requires_grad, name
 
 
-class StopAtThree(TrainerCallback):
-    """What a signal does where `enable_jit_checkpoint` is set."""
+class SignalAtThree(TrainerCallback):
+    """What SIGTERM does where `enable_jit_checkpoint` is set, seconds later and so at any time of a step."""
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        control.should_training_stop = state.global_step == 3 or control.should_training_stop
+    def on_substep_end(self, args, state, control, **kwargs) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback) and state.global_step == 2:
+                callback.jit_manager.is_checkpoint_requested = True
 
 
-def test_a_stage_that_was_stopped_is_not_finished(tmp_path) -> None:
-    trainer = make_trainer("layerwise", tmp_path, steps=8)
-    trainer.add_callback(StopAtThree())
-    with pytest.raises(RecipeError, match=r"^recover.7: training was stopped at step 3 of 8"):
+def test_a_stage_that_a_signal_stopped_is_not_finished(tmp_path) -> None:
+    """It goes on to the last bit, dropout included."""
+    options = dict(steps=6, accumulate=2, stage={"train": "lora", "lora": {"dropout": 0.2}})
+    straight = make_trainer("distill", tmp_path / "straight", **options)
+    run_stage(straight, torch.float32)
+    trainer = make_trainer("distill", tmp_path / "stopped", enable_jit_checkpoint=True, **options)
+    signal_at_three = SignalAtThree()
+    signal_at_three.trainer = trainer
+    trainer.add_callback(signal_at_three)
+    with pytest.raises(RecipeError, match=r"^recover.7: training was stopped at step 3 of 6"):
         run_stage(trainer, torch.float32, key="recover.7")
-
-
-def test_a_loss_that_is_not_finite_is_refused(tmp_path) -> None:
-    trainer = make_trainer("distill", tmp_path, steps=8, learning_rate=1e30)
-    with pytest.raises(RecipeError, match=r"^recover.7: the loss is (nan|inf) at step \d.*lower trainer.learning_rate"):
-        run_stage(trainer, torch.float32, key="recover.7")
+    again = make_trainer("distill", tmp_path / "stopped", enable_jit_checkpoint=True, **options)
+    result = run_stage(again, torch.float32, last_checkpoint(tmp_path / "stopped"))
+    assert result["resumed_from"].endswith("checkpoint-3")
+    for (name, one), other in zip(straight.student.named_parameters(), again.student.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 class Overflow(TrainerCallback):
-    """The last step's weights have no loss of their own."""
+    """A weight that becomes infinite in a step."""
 
-    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        with torch.no_grad():
-            model.model.layers[1].self_attn.o_proj.weight[3, 3] = float("inf")
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step == self.step - 1:
+            with torch.no_grad():
+                model.model.layers[1].self_attn.o_proj.weight[3, 3] = float("inf")
+
+
+def test_a_loss_that_is_not_finite_is_refused(tmp_path) -> None:
+    """When it is logged, not when all steps are done."""
+    trainer = make_trainer("distill", tmp_path, steps=8)
+    trainer.add_callback(Overflow(2))
+    with pytest.raises(RecipeError, match=r"^recover.7: the loss is (nan|inf) at step 3; lower trainer.learning_rate"):
+        run_stage(trainer, torch.float32, key="recover.7")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path) -> None:
+    """The last step's have no loss of their own."""
     trainer = make_trainer("distill", tmp_path, steps=1)
-    trainer.add_callback(Overflow())
+    trainer.add_callback(Overflow(1))
     with pytest.raises(RecipeError, match=r"^recover.7: model.layers.1.self_attn.o_proj.weight is not finite"):
         run_stage(trainer, torch.float32, key="recover.7")
 

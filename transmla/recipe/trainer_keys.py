@@ -34,7 +34,6 @@ RESERVED_TRAINER_KEYS = {
     "eval_strategy": "evaluate",
     "average_tokens_across_devices": "nothing (the loss is always the mean over the global batch's tokens)",
     "resume_from_checkpoint": "output_dir (a stage resumes by itself)",
-    "save_only_model": "nothing (a stage goes on from its checkpoints, which need the optimizer)",
     "dataset_text_field": "data definition's columns",
     "model_init_kwargs": "model",
     "teacher_model_name_or_path": "model",

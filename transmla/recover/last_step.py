@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from transmla.errors import RecipeError
 from transmla.recover.checkpoints import step_of
@@ -27,6 +28,15 @@ class _FiniteLoss(TrainerCallback):
             raise RecipeError(self.key, f"the loss is {loss} at step {state.global_step}; {REMEDY}")
 
 
+def _stop_between_steps(trainer: Trainer) -> None:
+    """Let `enable_jit_checkpoint` save at the end of a step alone: within one, random numbers are drawn already, and
+    what goes on from there would have others."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, JITCheckpointCallback):
+            for event in ("on_step_begin", "on_pre_optimizer_step"):
+                setattr(callback, event, lambda *arguments, **keywords: None)
+
+
 def train_to_the_end(trainer: Trainer, checkpoint: Path | None, key: str) -> None:
     """Train until the last step, from a checkpoint where there is one.
 
@@ -44,6 +54,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: Path | None, key: str) -> Non
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     else:
         trainer.add_callback(_FiniteLoss(key))
+        _stop_between_steps(trainer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.state.global_step != steps:
         raise RecipeError(

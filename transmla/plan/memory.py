@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from transmla.modeling.student import ATTENTION, adapted_layers
@@ -32,9 +31,9 @@ class Sizes:
 
 def count_parameters(config: PretrainedConfig, student_config: PretrainedConfig) -> Sizes:
     """Numbers of parameters of a source and its student, tied ones once."""
-    with init_empty_weights():
-        source = AutoModelForCausalLM.from_config(config)
-        student = AutoModelForCausalLM.from_config(student_config)
+    with torch.device("meta"):
+        source = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        student = AutoModelForCausalLM.from_config(student_config, trust_remote_code=False)
     source.tie_weights()
     student.tie_weights()
     attention = sum(value.numel() for name, value in student.named_parameters() if ATTENTION in name)

@@ -16,13 +16,6 @@ DEPTH = 40
 NOT_YAML = "is not valid YAML"
 
 
-<<<<<<< HEAD
-def read_tree(file: Path, key: str = "recipe") -> Any:
-    """What a recipe's or a data definition's file holds, before anything in it is resolved.
-
-    Args:
-        key: for errors.
-=======
 def check_depth(key: str, text: str) -> None:
     """Refuse lists and mappings of the command line that are nested without sense: Hydra reads them by recursion.
 
@@ -37,9 +30,11 @@ def check_depth(key: str, text: str) -> None:
         raise RecipeError(key, f"it is nested too deeply; use at most {DEPTH} levels")
 
 
-def read_tree(file: Path) -> Any:
-    """What a recipe's file holds, before anything in it is resolved.
->>>>>>> 17db2cd7afa0cd59028e9c8fc026b54065ad3bb1
+def read_tree(file: Path, key: str = "recipe") -> Any:
+    """What a recipe's or a data definition's file holds, before anything in it is resolved.
+
+    Args:
+        key: for errors.
 
     Raises:
         RecipeError: it is too large, too deep, contains itself, says a key twice, or is no YAML text.
@@ -60,24 +55,15 @@ def read_tree(file: Path) -> Any:
             _check_size(node, file.name, key)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-<<<<<<< HEAD
-        raise RecipeError(key, f"{file.name} {NOT_YAML}: {' '.join(str(error).split())}") from None
+        raise RecipeError(key, f"{file.name} {NOT_YAML}: {_what_and_where(error)}") from None
     except RecursionError:  # of PyYAML's own, before the depth can be counted
         raise RecipeError(key, f"{file.name} is nested too deeply; use at most {DEPTH} levels") from None
-=======
-        raise RecipeError("recipe", f"{file.name} {NOT_YAML}: {_what_and_where(error)}") from None
-    except RecursionError:  # of PyYAML's own, before the depth can be counted
-        raise RecipeError("recipe", f"{file.name} is nested too deeply; use at most {DEPTH} levels") from None
     except RecipeError:
         raise
->>>>>>> 17db2cd7afa0cd59028e9c8fc026b54065ad3bb1
     except ValueError as error:  # a date such as 2024-99-99
         raise RecipeError(key, f"{file.name} {NOT_YAML}: {' '.join(str(error).split())}") from None
 
 
-<<<<<<< HEAD
-def _check_size(root: yaml.Node, name: str, key: str) -> None:
-=======
 def _what_and_where(error: yaml.YAMLError) -> str:
     """An error of PyYAML without the line that it quotes, which may hold anything."""
     parts = [getattr(error, "context", None), getattr(error, "problem", None)]
@@ -86,8 +72,7 @@ def _what_and_where(error: yaml.YAMLError) -> str:
     return (" ".join(str(part) for part in parts if part) or type(error).__name__) + where
 
 
-def _check_size(root: yaml.Node, name: str) -> None:
->>>>>>> 17db2cd7afa0cd59028e9c8fc026b54065ad3bb1
+def _check_size(root: yaml.Node, name: str, key: str) -> None:
     sizes: dict[int, int] = {}  # by node, all aliases expanded
 
     def size(node: yaml.Node, depth: int) -> int:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transmla.measure.attention_errors import normalised_error
 from transmla.recover import losses
 from transmla.recover.divergence import Divergence
+from transmla.recover.logits import compiled as compiled_chunk
 from transmla.recover.losses import Kept, Mixture, Teacher, token_loss
 
 FORWARD, REVERSE = Divergence("forward_kl"), Divergence("reverse_kl")
@@ -110,9 +111,9 @@ def test_a_negative_label_leaves_the_divergence_whole(tensors, divergence, kept,
         exact_student[~human], exact_head, part(~human), mixture=Mixture(divergence, mixture.temperature)
     )
     exact.backward()
-    for compiled in (False, True):
-        if compiled:
-            monkeypatch.setattr(losses, "_fast", lambda function, logits: losses._compiled(function))
+    for compiling in (False, True):
+        if compiling:
+            monkeypatch.setattr(losses, "fast", lambda function, logits: compiled_chunk(function))
         own, own_head = student.clone().requires_grad_(), head.clone().requires_grad_()
         loss = token_loss(own, own_head, teacher, labels=labels, mixture=mixture, chunk=16)
         loss.backward()
@@ -161,7 +162,7 @@ def test_compiled_chunks(tensors, monkeypatch) -> None:
     """What a GPU runs: there the label is subtracted by a comparison within the fused pass."""
     student, head, teacher = tensors
     labels = torch.randint(0, 301, (50,))
-    monkeypatch.setattr(losses, "_fast", lambda function, logits: losses._compiled(function))
+    monkeypatch.setattr(losses, "fast", lambda function, logits: compiled_chunk(function))
     for mixture, softcap in ((Mixture(FORWARD, cross_entropy=0.3), None), (Mixture(FORWARD, 2.0, 0.3), 3.0)):
         compare(student.clone(), head.clone(), teacher, labels=labels, mixture=mixture, softcap=softcap, chunk=8)
     compare(student.clone(), head.clone(), None, labels=labels, chunk=8)

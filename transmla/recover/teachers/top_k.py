@@ -20,7 +20,8 @@ from transmla.modeling.kernels.eager import cap
 from transmla.recipe.budget import micro_batch
 from transmla.recipe.stages import Distill
 from transmla.recover.collator import kept_of, scored, trunk_inputs
-from transmla.recover.losses import ELEMENTS, logits_float32
+from transmla.recover.logits import logits_float32
+from transmla.recover.losses import ELEMENTS
 from transmla.recover.stage import trainer_config
 from transmla.recover.teachers.shards import ShardAppender, data_digest, encode, vocabulary_digest
 

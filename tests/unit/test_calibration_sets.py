@@ -8,7 +8,8 @@ from datasets import Dataset, IterableDataset
 
 from tests.unit.test_data import Letters
 from transmla.data.definition import find_definition
-from transmla.data.loading import check_dataset, load_one
+from transmla.data.inspection import check_dataset
+from transmla.data.loading import load_one
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
 from transmla.recipe.names import share

@@ -6,7 +6,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from transmla.data.loading import check_dataset, load_many, load_one
+from transmla.data.inspection import check_dataset
+from transmla.data.loading import load_many, load_one
 from transmla.data.windows import token_windows
 from transmla.errors import RecipeError
 from transmla.recipe.names import share

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from tests.unit.test_data import Letters
-from transmla.data.loading import check_dataset, load_many, load_one
+from transmla.data.inspection import check_dataset
+from transmla.data.loading import load_many, load_one
 from transmla.data.mixture import load_mixture, mixture_order
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part

@@ -243,6 +243,8 @@ def test_bfloat16_and_what_is_left_behind(train: str, converted, words, tmp_path
 
 def test_prompts_end_before_the_last_answer() -> None:
     class Chat:
+        eos_token_id = None
+
         def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
             return {"input_ids": [1] * add_special_tokens + [ord(letter) for letter in text]}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from transmla.data.loading import check_dataset
+from transmla.data.inspection import check_dataset
 from transmla.errors import RecipeError
 from transmla.generate.checkers import MathChecker, accepts, boxed, final_answer, reference_answer
 from transmla.generate.problems import load_problems, prompt_text, stored_prompt

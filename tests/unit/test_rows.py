@@ -12,8 +12,9 @@ from trl import SFTTrainer
 from tests.conftest import tiny_model
 from tests.unit.test_record import LENGTH, VOCAB, stage_of, text
 from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
+from transmla.data.labelled import TEACHER_ONLY
 from transmla.data.mixture import load_mixture
-from transmla.data.rows import PARALLEL, TEACHER_ONLY, are_whole, token_rows, whole_rows
+from transmla.data.rows import PARALLEL, are_whole, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.recipe.stages import Distill
 from transmla.recover.stage import build_trainer, trainer_config
@@ -47,12 +48,37 @@ def test_token_rows_are_trls_own(trainer: dict, tmp_path, words) -> None:
     assert len(sets[0]) > 20
 
 
-def test_other_data_is_left_to_trl(tmp_path, words) -> None:
+@pytest.mark.parametrize("trainer", [{}, {"completion_only_loss": False}, {"packing": False}])
+def test_prompts_and_completions_are_trls_own(trainer: dict, tmp_path, words) -> None:
+    config = trainer_config(stage_of(**trainer), tmp_path, seed=3, device="cpu", dtype=torch.float32, processes=1)
+    lines = text()["text"]
+    ends = [words.eos_token, *[""] * (len(lines) - 1)]  # one has its end already
+    data = Dataset.from_dict(
+        {"prompt": lines, "completion": [line[::-1] + end for line, end in zip(lines, ends, strict=True)]}
+    )
+    sets = [
+        SFTTrainer(
+            model=tiny_model(vocab_size=VOCAB), args=config, train_dataset=rows, processing_class=words
+        ).train_dataset
+        for rows in (data, token_rows(data, words, config))
+    ]
+    columns = ["input_ids", "labels"]
+    assert sets[0].select_columns(columns).to_list() == sets[1].select_columns(columns).to_list()
+    assert -100 in sum(sets[0]["labels"], []) or "completion_only_loss" in trainer
+
+
+def test_token_ids_stay_as_they_are(tmp_path, words) -> None:
     config = trainer_config(stage_of(), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
-    chat = Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})
-    assert token_rows(chat, words, config) is chat
-    named = trainer_config(stage_of(eos_token="<s>"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
-    assert token_rows(text(), words, named).column_names == ["text"]
+    made = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]})
+    assert token_rows(made, words, config) is made
+
+
+def test_another_end_token(tmp_path, words) -> None:
+    named = trainer_config(stage_of(eos_token="a"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    assert {row[-1] for row in token_rows(text(), words, named)["input_ids"]} == {words("a")["input_ids"][0]}
+    wrong = trainer_config(stage_of(eos_token="<s>"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
+    with pytest.raises(RecipeError, match="recover.3.trainer.eos_token: <s> is no token"):
+        token_rows(text(), words, wrong, key="recover.3")
 
 
 def test_wrapped_rows_are_of_one_length(tmp_path, words) -> None:
@@ -146,10 +172,6 @@ def test_a_mixture_without_cross_entropy_marks_nothing(tmp_path, words) -> None:
     data = text().add_column("synthetic", [True] * len(text()))
     plain, marked = token_rows(data, words, config), token_rows(data, words, config, mark_synthetic=True)
     assert plain.to_list() == token_rows(text(), words, config).to_list()
-    named = trainer_config(stage_of(eos_token="<s>"), tmp_path, seed=0, device="cpu", dtype=torch.float32, processes=1)
-    assert token_rows(data, words, named).column_names == ["text"]
-    with pytest.raises(RecipeError, match="trainer.eos_token"):
-        token_rows(data, words, named, mark_synthetic=True)
     assert set(sum(marked["labels"], [])) == {TEACHER_ONLY}
     assert data_digest(plain) == data_digest(marked)  # a recording is of the same tokens
 

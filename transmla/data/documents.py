@@ -3,35 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from transmla.data.conversations import tools_of, unpack
+from transmla.data.rendering import Template
+
 ROWS = 256  # that a tokenizer gets at a time, so that it may use all cores
 
 
-def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The documents of a dataset as token ids; conversations through the tokenizer's chat template."""
+@dataclass(frozen=True)
+class _Content:
+    """The text of a row. plain: the tokenizer adds its special tokens; a chat template has written them itself."""
+
+    text: str
+    plain: bool
+
+
+def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase, *, ended: bool = False) -> Iterator[list[int]]:
+    """The documents of a dataset as token ids; conversations through the tokenizer's chat template, nothing left out.
+
+    Args:
+        ended: with exactly one end token after each, where the tokenizer has one, whether it stood in the text, came
+            from the chat template or is added here; else without one that the tokenizer would add by itself.
+
+    Raises:
+        ValueError: the template refuses a conversation, or leaves a part of it out; names the row.
+    """
+    template, own = Template(tokenizer), adds_end(tokenizer)
     for start in range(0, len(data), ROWS):
-        contents = [_content(row) for row in data.select(range(start, min(start + ROWS, len(data))))]
-        plain = [isinstance(content, str) for content in contents]
-        # A chat template writes the special tokens itself.
-        texts = [
-            content if isinstance(content, str) else str(tokenizer.apply_chat_template(content, tokenize=False))
-            for content in contents
-        ]
+        rows = data.select(range(start, min(start + ROWS, len(data))))
+        contents = [_content(row, template, start + number) for number, row in enumerate(rows, 1)]
         found = {
-            special: iter(
-                _token_ids([text for text, own in zip(texts, plain, strict=True) if own == special], special, tokenizer)
-            )
-            for special in (True, False)
+            plain: iter(_token_ids([one.text for one in contents if one.plain == plain], plain, tokenizer))
+            for plain in (True, False)
         }
-        for special in plain:
-            yield next(found[special])
+        for content in contents:
+            ids = next(found[content.plain])
+            if content.plain and own and ids[-1:] == [tokenizer.eos_token_id]:
+                ids = ids[:-1]
+            yield _with_end(ids, content, tokenizer) if ended else ids
 
 
-def _content(row: dict) -> str | list[dict]:
-    return row["text"] if "text" in row else row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+def adds_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts an end token after a text by itself."""
+    end = tokenizer.eos_token_id
+    return end is not None and _token_ids(["a"], True, tokenizer)[0][-1:] == [end]
+
+
+def one_end(ids: list[int], end: int | None) -> list[int]:
+    """Token ids without the end tokens that follow a first one at the end."""
+    while end is not None and ids[-2:] == [end, end]:
+        ids = ids[:-1]
+    return ids
+
+
+def _with_end(ids: list[int], content: _Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    end = tokenizer.eos_token_id
+    if end is None:
+        return ids
+    if not content.plain and end in ids[-4:]:  # a template may write a line break behind its end token
+        after = len(ids) - ids[::-1].index(end)
+        if after == len(ids) or not str(tokenizer.decode(ids[after:])).strip():
+            return ids
+    return one_end([*ids, end], end)
+
+
+def _content(row: dict, template: Template, number: int) -> _Content:
+    if "text" in row:
+        return _Content(row["text"], True)
+    if isinstance(row.get("prompt"), str):
+        return _Content(row["prompt"] + row["completion"], True)
+    try:
+        turns = unpack(row, "messages") if "messages" in row else unpack(row, "prompt") + unpack(row, "completion")
+        return _Content(template.render(turns, tools_of(row)).text, False)
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
 def _token_ids(texts: list[str], special: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -1,81 +1,50 @@
-"""Load and check datasets that a definition names (transmla.data.definition): from the hub or from files."""
+"""Load datasets that a definition names (transmla.data.definition): from the hub or from files."""
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from string import Formatter
-from typing import Any, TextIO
+from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
+import pyarrow.compute as compute
+from datasets import Dataset, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
 
-from transmla.data.conversations import build_messages, message_columns, read_turns
-from transmla.data.definition import FORMATS, DataDefinition, find_definition, format_of
+from transmla.data.conversations import MORE
+from transmla.data.definition import DataDefinition, find_definition, local_files
+from transmla.data.reading import Unreadable, mark_of
+from transmla.data.records import COLUMNS, Record, empty_record, features_of, record_of, records
 from transmla.errors import RecipeError
 
 SYNTHETIC = "synthetic"  # column beside `text`: whether a model wrote it; where no model did, it is missing
 
+READER = 1  # raise it when the same file would give other records: Datasets keeps what was read
 
-def local_files(definition: DataDefinition, folder: Path, key: str) -> list[Path]:
-    """The files of a local dataset, sorted; empty for a hub dataset.
+Say = Callable[[str], None]
+
+
+def hub_columns(definition: DataDefinition, key: str) -> set[str] | None:
+    """The columns of a hub dataset, where the hub states them.
 
     Raises:
-        RecipeError: there is none, or their format is unknown.
+        RecipeError: the hub does not have it, or cannot be asked.
     """
-    if definition.path is None:
-        return []
-    path = folder / definition.path
-    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise RecipeError(key, f"no such file: {path}; correct the path in the data definition")
-    if any(format_of(file) is None for file in files):
-        raise RecipeError(key, f"{path}: unknown format; use one of {', '.join(FORMATS)}")
-    return files
+    with _hub_errors(definition, key):
+        features = load_dataset_builder(**_hub_arguments(definition)).info.features
+    return None if features is None else set(features)
 
 
-def check_dataset(name: str, key: str, *, online: bool, problems: bool = False) -> str:
-    """Cheap checks before anything is loaded: the definition, its files, the columns of the first row, not empty.
+def check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
+    """Refuse a file or dataset that lacks a column which the definition names.
 
-    Args:
-        online: ask the hub about a hub dataset (its columns, where it states them).
-        problems: problems with answers are wanted, not text.
-
-    Returns:
-        what its rows are: `text`, `messages`, `completion` or `problems`.
+    Raises:
+        RecipeError: with the columns that are there.
     """
-    definition, folder = find_definition(name, key)
-    if problems and "problem" not in definition.columns:
-        raise RecipeError(key, f"{name} has no problems; its definition must name the columns problem and answer")
-    if not problems and "problem" in definition.columns:
-        raise RecipeError(
-            key, f"{name} has problems, not text; have the teacher write for them (write: kind traces), name @NAME"
-        )
-    if definition.hub is not None and online:
-        with _hub_errors(definition, key):
-            features = load_dataset_builder(**_hub_arguments(definition)).info.features
-        if features is not None:
-            _check_columns(definition, set(features), name, key)
-    for file in local_files(definition, folder, key):
-        columns = _first_row(file, key)
-        if columns is None:
-            raise RecipeError(key, f"{file} is empty; name a file that has text")
-        _check_columns(definition, columns, str(file), key)
-    return definition.kind
-
-
-def _check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
-    templates = [*definition.when_empty.values(), *([definition.template] if definition.template else [])]
-    fields = [field for template in templates for _, field, _, _ in Formatter().parse(template) if field]
-    fields += message_columns(definition.messages)
-    if definition.turns is not None and definition.turns.system is not None:
-        fields.append(definition.turns.system)
-    for column in [*definition.columns.values(), *definition.when_empty, *fields]:
+    for column in definition.needed_columns():
         if column not in columns:
-            raise RecipeError(key, f"{where} has no column {column!r}; it has: {', '.join(sorted(columns))}")
+            there = ", ".join(sorted(map(str, columns)))
+            raise RecipeError(key, f"{where} has no column {column!r}; it has: {there[:200]}; correct the definition")
 
 
 def _hub_arguments(definition: DataDefinition) -> dict[str, Any]:
@@ -93,59 +62,27 @@ def _hub_arguments(definition: DataDefinition) -> dict[str, Any]:
 def _hub_errors(definition: DataDefinition, key: str) -> Iterator[None]:
     try:
         yield
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:  # datasets' and the hub's errors derive from these
         reason = " ".join(str(error).split())[:160]
         raise RecipeError(key, f"cannot load {definition.hub}: {reason}; correct the definition") from None
 
 
-def _open(file: Path) -> TextIO:
-    """A text file, packed by gzip or not."""
-    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-
-
-def _first_row(file: Path, key: str) -> set[str] | None:
-    if file.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        table = parquet.ParquetFile(file)
-        return set(table.schema_arrow.names) if table.metadata.num_rows else None
-    try:
-        with _open(file) as lines:
-            first = next((line for line in lines if line.strip()), None)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:  # no gzip, cut off, or not UTF-8
-        raise RecipeError(key, f"{file} cannot be read: {error}; mend the file") from None
-    if first is None:
-        return None
-    if format_of(file) == "text":
-        return {"text"}
-    try:
-        row = json.loads(first)
-    except json.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict):
-        raise RecipeError(key, f"{file}: the first line is no JSON object; write one object per line")
-    return set(row)
-
-
-def load_one(name: str, key: str, *, joined: bool = False) -> Dataset:
-    """Load a dataset with the columns that trl's trainers expect: text, messages, or prompt and completion.
+def load_one(name: str, key: str, *, joined: bool = False, say: Say | None = None) -> Dataset:
+    """Load a dataset as records (transmla.data.records): text, conversations, prompts with completions, or problems.
 
     Args:
         joined: make one row of a definition whose rows are pieces of one text (its `join`); for training, where a row
             is a document that may be cut off, they stay apart, and empty ones are left out.
+        say: is told how many rows were empty and are left out.
 
     Raises:
-        RecipeError: missing, empty, or without a column that the definition names.
+        RecipeError: missing, empty, without a column that the definition names, or with a row that cannot be used.
     """
-    definition, _ = find_definition(name, key)
-    data = load_rows(name, key)
-    if definition.template is not None:
-        data = data.map(lambda row: {"text": _fill(definition, row)}, remove_columns=data.column_names)
-    elif definition.messages or definition.turns is not None:
-        data = _conversations(data, definition, key)
-    else:
-        data = data.select_columns(list(definition.columns.values()))
-        data = data.rename_columns({old: new for new, old in definition.columns.items() if old != new})
+    definition, folder = find_definition(name, key)
+    data = _from_hub(definition, key) if definition.hub is not None else _from_files(definition, folder, key)
+    data = _cut(_without_empty(data, definition, name, key, say), definition, name, key)
     if definition.join is not None:
         if joined and len(data):
             data = Dataset.from_dict({"text": [definition.join.join(data["text"])]})
@@ -160,46 +97,91 @@ def _marked(data: Dataset, synthetic: bool) -> Dataset:
     return data.add_column(SYNTHETIC, [synthetic] * len(data))
 
 
-def load_rows(name: str, key: str) -> Dataset:
-    """The rows of a dataset with the columns of its files; its definition says what they mean.
-
-    Raises:
-        RecipeError: missing, or without a column that the definition names.
-    """
-    definition, folder = find_definition(name, key)
-    data = _cut(_load_rows(definition, folder, key), definition, name, key)
-    _check_columns(definition, set(data.column_names), name, key)
-    return data
-
-
-def _load_rows(definition: DataDefinition, folder: Path, key: str) -> Dataset:
+def _from_files(definition: DataDefinition, folder: Path, key: str) -> Dataset:
+    """The records of local files. Datasets keeps them on disk, and reads again what has changed."""
     files = local_files(definition, folder, key)
-    if definition.hub is not None:
-        with _hub_errors(definition, key):
-            arguments = _hub_arguments(definition)
-            if definition.rows is None:
-                return load_dataset(**arguments, split=definition.split)
+    try:
+        first = _first_full(record for _, record in records(definition, files))
+        return Dataset.from_generator(
+            _generate,
+            features=features_of(definition, first),
+            gen_kwargs={
+                "definition": definition.model_dump_json(exclude_unset=True),
+                "marks": tuple(map(mark_of, files)),
+                "reader": READER,
+            },
+        )
+    except Unreadable as error:
+        raise RecipeError(key, str(error)) from None
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, Unreadable):
+            raise RecipeError(key, str(error.__cause__)) from None
+        raise
+
+
+def _generate(definition: str, marks: tuple[tuple[Any, ...], ...], reader: int) -> Iterator[Record]:
+    files = [Path(mark[0]) for mark in marks]
+    for _, record in records(DataDefinition.model_validate_json(definition), files):
+        yield record
+
+
+def _from_hub(definition: DataDefinition, key: str) -> Dataset:
+    """The records of a hub dataset."""
+    assert definition.hub is not None
+    with _hub_errors(definition, key):
+        arguments = _hub_arguments(definition)
+        if definition.rows is not None:
             stream = load_dataset(**arguments, split=definition.split, streaming=True)
-            return Dataset.from_list(list(stream.take(definition.rows)))
-    kind = format_of(files[0])
-    assert kind is not None, "local_files knows every format"
-    if kind == "text":
-        texts = []
-        for file in files:
-            with _open(file) as lines:
-                texts.append(lines.read())
-        rows = [
-            part for text in texts for part in (text.split(definition.separator) if definition.separator else [text])
-        ]
-        data = Dataset.from_dict({"text": [row.strip() for row in rows if row.strip()]})
-    else:
-        data = load_dataset(kind, data_files=[str(file) for file in files], split="train")
-    return data if definition.rows is None else data.select(range(min(definition.rows, len(data))))
+            made = [_hub_record(row, place, definition, key) for place, row in enumerate(stream.take(definition.rows))]
+            return Dataset.from_list(made, features=features_of(definition, _first_full(made)))
+        data = load_dataset(**arguments, split=definition.split)
+    check_columns(definition, set(data.column_names), definition.hub, key)
+    data = data.select_columns([name for name in definition.read_columns() if name in data.column_names])
+    if definition.kind == "text" and definition.template is None:
+        column = definition.columns["text"]
+        if data.features[column] in (Value("string"), Value("large_string")):
+            return data if column == "text" else data.rename_column(column, "text")
+    first = _first_full(_hub_record(row, number, definition, key) for number, row in enumerate(data))
+    return data.map(
+        _hub_record,
+        with_indices=True,
+        remove_columns=data.column_names,
+        features=features_of(definition, first),
+        fn_kwargs={"definition": definition, "key": key, "reader": READER},
+        desc=f"Reading {definition.hub}",
+    )
+
+
+def _first_full(made: Iterable[Record]) -> Record | None:
+    return next((record for record in made if any(record.values())), None)
+
+
+def _hub_record(row: dict[str, Any], number: int, definition: DataDefinition, key: str, reader: int = READER) -> Record:
+    try:
+        return record_of(definition, row) or empty_record(definition)
+    except ValueError as error:
+        raise RecipeError(key, f"{definition.hub}, row {number + 1}: {error}") from None
+
+
+def _without_empty(data: Dataset, definition: DataDefinition, name: str, key: str, say: Say | None) -> Dataset:
+    """The records that have something to say."""
+    table = data.with_format("arrow")[:]
+    column = table[COLUMNS[definition.kind][0]]
+    empty = column.is_null()
+    if definition.kind == "text" and definition.join is None:
+        empty = compute.or_(empty, compute.fill_null(compute.equal(compute.utf8_trim_whitespace(column), ""), False))
+    bare = MORE in data.column_names and table[MORE].null_count == len(data)
+    count = compute.sum(empty).as_py() or 0
+    if count:
+        if say is not None and count < len(data):
+            say(f"[data] {key}: {count:,} of {len(data):,} rows of {name} are empty and left out")
+        data = data.select(compute.indices_nonzero(compute.invert(empty)).to_pylist())
+    return data.remove_columns(MORE) if bare else data
 
 
 def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Dataset:
     """The definition's part of rows that come without a split."""
-    if definition.cut is None:
+    if definition.cut is None or not len(data):
         return data
     if len(data) < 2:
         raise RecipeError(
@@ -209,31 +191,9 @@ def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Data
     return data.select(range(border)) if definition.cut == "train" else data.select(range(border, len(data)))
 
 
-def _conversations(data: Dataset, definition: DataDefinition, key: str) -> Dataset:
-    """The definition's conversations as `messages`, a list of role and content."""
-    needed = message_columns(definition.messages)
-    data = data.filter(lambda row: all(row[column] is not None for column in needed)) if needed else data
-
-    def as_messages(row: dict[str, Any]) -> dict[str, Any]:
-        if definition.turns is None:
-            return {"messages": build_messages(definition.messages, row)}
-        return {"messages": read_turns(definition.turns, row[definition.columns["messages"]], row, key)}
-
-    features = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
-    return data.map(as_messages, remove_columns=data.column_names, features=features)
-
-
-def _fill(definition: DataDefinition, row: dict[str, Any]) -> str:
-    assert definition.template is not None
-    for column, template in definition.when_empty.items():
-        if not row[column]:
-            return template.format(**row)
-    return definition.template.format(**row)
-
-
-def load_many(names: list[str], key: str, *, joined: bool = False) -> Dataset:
-    """Several datasets of one kind, one after the other. joined: as in `load_one`."""
-    return join_kinds(names, [load_one(name, key, joined=joined) for name in names], key)
+def load_many(names: list[str], key: str, *, joined: bool = False, say: Say | None = None) -> Dataset:
+    """Several datasets of one kind, one after the other. joined, say: as in `load_one`."""
+    return join_kinds(names, [load_one(name, key, joined=joined, say=say) for name in names], key)
 
 
 def join_kinds(names: list[str], parts: list[Dataset], key: str) -> Dataset:
@@ -243,11 +203,24 @@ def join_kinds(names: list[str], parts: list[Dataset], key: str) -> Dataset:
         RecipeError: they are of different kinds: texts, conversations, prompts with completions.
     """
     if any(SYNTHETIC in part.column_names for part in parts):
-        unmarked = [{"text"} == set(part.column_names) for part in parts]
-        parts = [_marked(part, False) if people else part for part, people in zip(parts, unmarked, strict=True)]
-    columns = [tuple(sorted(set(part.column_names) - {SYNTHETIC})) for part in parts]
-    if len(set(columns)) > 1:
-        raise RecipeError(
-            key, f"datasets of different kinds cannot be joined: {dict(zip(names, columns, strict=True))}"
-        )
+        parts = [_marked(part, False) if {"text"} == set(part.column_names) else part for part in parts]
+    if any(MORE in part.column_names for part in parts):
+        parts = [part if MORE in part.column_names else _with_more(part) for part in parts]
+    kinds = [_kind(part) for part in parts]
+    if len(set(kinds)) > 1:
+        listed = ", ".join(f"{name} has {kind}" for name, kind in zip(names, kinds, strict=True))
+        raise RecipeError(key, f"datasets of different kinds cannot be joined: {listed}")
     return concatenate_datasets(parts)
+
+
+def _with_more(data: Dataset) -> Dataset:
+    return data.add_column(MORE, [None] * len(data), feature=Value("string"))
+
+
+def _kind(data: Dataset) -> str:
+    """What the rows of a dataset are, in words."""
+    columns = set(data.column_names)
+    turns = isinstance(data.features.get("prompt"), List)
+    names = {"text": "text", "messages": "conversations", "problem": "problems"}
+    found = next((words for name, words in names.items() if name in columns), None)
+    return found or f"prompts with completions ({'conversations' if turns else 'text'})"

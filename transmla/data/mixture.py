@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.documents import documents
-from transmla.data.loading import join_kinds, load_many, load_one
+from transmla.data.loading import Say, join_kinds, load_many, load_one
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part
 
@@ -22,6 +22,7 @@ def load_mixture(
     seed: int,
     *,
     joined: bool = False,
+    say: Say | None = None,
 ) -> Dataset:
     """The datasets of a `data` list as one.
 
@@ -35,19 +36,20 @@ def load_mixture(
         entries: names, or parts with filters and weights (transmla.recipe.data_lists.Part).
         key: recipe key, for errors.
         seed: of the order.
-        joined: as in `transmla.data.loading.load_one`, for plain names; rows that are counted stay apart.
+        joined: as in `load_one`, for plain names; rows that are counted stay apart.
+        say: is told how many rows were empty and are left out.
 
     Raises:
         RecipeError: a dataset is missing, of another kind than the rest, or no row of it passes its filters.
     """
     if all(isinstance(entry, str) for entry in entries):
-        return load_many([str(entry) for entry in entries], key, joined=joined)
+        return load_many([str(entry) for entry in entries], key, joined=joined, say=say)
     parts, lengths = [], []
     for entry in entries:
         if isinstance(entry, str):
-            parts.append(load_one(entry, key, joined=joined))
+            parts.append(load_one(entry, key, joined=joined, say=say))
             continue
-        part, sizes = _filter(entry, load_one(entry.name, key), key, tokenizer)
+        part, sizes = _filter(entry, load_one(entry.name, key, say=say), key, tokenizer)
         parts.append(part)
         lengths.append(sizes)
     whole = join_kinds([str(entry) for entry in entries], parts, key)
@@ -61,17 +63,32 @@ def _filter(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerB
     """The rows that pass and their lengths in tokens (empty where nothing asks for them)."""
     if part.weight is None and part.min_tokens is None and part.max_tokens is None:
         return data.select(range(min(part.rows or len(data), len(data)))), []
-    low, high = part.min_tokens or 1, part.max_tokens or float("inf")
     kept, sizes = [], []
-    for index, document in enumerate(documents(data, tokenizer)):
-        if low <= len(document) <= high:
-            kept.append(index)
-            sizes.append(len(document))
+    for index, size in passing(part, data, key, tokenizer):
+        kept.append(index)
+        sizes.append(size)
         if len(kept) == part.rows:
             break
-    if not kept:
-        raise RecipeError(key, f"no row of {part.name} has {low} to {high} tokens; widen min_tokens and max_tokens")
     return data.select(kept), sizes
+
+
+def passing(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
+    """The rows of a dataset that pass a part's filters, each with its length in tokens.
+
+    Raises:
+        RecipeError: none does, or the chat template refuses a row.
+    """
+    low, high = part.min_tokens or 1, part.max_tokens or float("inf")
+    found = False
+    try:
+        for index, document in enumerate(documents(data, tokenizer)):
+            if low <= len(document) <= high:
+                found = True
+                yield index, len(document)
+    except ValueError as error:
+        raise RecipeError(key, f"{part.name}, {error}") from None
+    if not found:
+        raise RecipeError(key, f"no row of {part.name} has {low} to {high} tokens; widen min_tokens and max_tokens")
 
 
 def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed: int) -> list[int]:

@@ -1,8 +1,9 @@
-"""Rows that a trainer sees: text as token ids, many documents at a time; of wrapped rows the whole ones; their
+"""Rows that a trainer sees: token ids and labels, many documents at a time; of wrapped rows the whole ones; their
 numbers."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,56 +15,56 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from transmla.data.labelled import KEYS, Labeller
 from transmla.data.loading import SYNTHETIC
-from transmla.errors import RecipeError
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
 
 ROW = "row"  # column and batch key: which row of the packed dataset this is
 
-TEACHER_ONLY = (
-    -200
-)  # label of a token that is scored against the teacher alone; not trl's -100, which is not scored at all
-
 
 def token_rows(
-    data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig, *, mark_synthetic: bool = False
+    data: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    *,
+    mark_synthetic: bool = False,
+    key: str = "recover.N",
 ) -> Dataset:
-    """Texts as the token ids and labels that trl would make of them, an end token after each; all else as it is.
+    """Texts and conversations as the token ids and labels that trl would make of them; token ids as they are.
 
-    trl calls the tokenizer for one text after the other; given many, a fast one uses all cores.
+    There is exactly one end token after a text, whether it stood there, the tokenizer adds it or nobody does; nothing
+    of a conversation is left out; and a fast tokenizer gets many texts at a time, so that it uses all cores.
 
     Args:
         mark_synthetic: texts of a model's own (column `synthetic`) get the label `TEACHER_ONLY`.
+        key: of the stage in the recipe, for errors.
 
     Raises:
-        RecipeError: synthetic text would have to be marked, and trl has to tokenize.
+        RecipeError: a conversation that the chat template refuses or leaves a part of out, or a key of the trainer
+            that does not fit the data.
     """
-    keys = [key for key in ("eos_token", "chat_template_path", "dataset_kwargs") if getattr(config, key)]
-    if "text" not in data.column_names or keys or tokenizer.eos_token is None:
-        if SYNTHETIC not in data.column_names:
-            return data
-        if mark_synthetic and any(data[SYNTHETIC]):
-            reason = f"trainer.{keys[0]}" if keys else "a tokenizer without an end token"
-            raise RecipeError(
-                "recover.N.cross_entropy",
-                f"synthetic text cannot be left out of it with {reason}; use synthetic_cross_entropy: true, or "
-                f"cross_entropy: 0",
-            )
-        return data.remove_columns(SYNTHETIC)
-    end = tokenizer.eos_token
+    if "input_ids" in data.column_names:
+        return data.remove_columns(SYNTHETIC) if SYNTHETIC in data.column_names else data
+    settings = {name: getattr(config, name) for name in KEYS}
+    encode = Labeller(tokenizer, settings, set(data.column_names), mark_synthetic=mark_synthetic, key=key)
     if PARALLEL not in os.environ:
         os.unsetenv(PARALLEL)  # an earlier `map` on several processes leaves it off where Python does not see it
-
-    def encode(rows: dict[str, list]) -> dict[str, list[list[int]]]:
-        texts = [text if text.endswith(end) else text + end for text in rows["text"]]
-        ids = tokenizer(texts, verbose=False)["input_ids"]
-        own = rows[SYNTHETIC] if mark_synthetic and SYNTHETIC in rows else [False] * len(ids)
-        labels = [[TEACHER_ONLY] * len(row) if by_model else row for row, by_model in zip(ids, own, strict=True)]
-        return {"input_ids": ids, "labels": labels}
-
     with PartialState().main_process_first():  # the others find it in the cache, as trl has it
-        return data.map(encode, batched=True, remove_columns=data.column_names, desc="Tokenizing train dataset")
+        return data.map(
+            encode,
+            batched=True,
+            with_indices=True,
+            remove_columns=data.column_names,
+            desc="Tokenizing train dataset",
+        )
+
+
+def config_of_rows(config: SFTConfig) -> SFTConfig:
+    """The settings of a trainer whose rows have their labels: what they say is done, and trl would look for it."""
+    config = copy.copy(config)
+    config.assistant_only_loss, config.completion_only_loss, config.chat_template_path = False, None, None
+    return config
 
 
 def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.documents import documents
+from transmla.data.loading import Say
 from transmla.data.mixture import load_mixture
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part
@@ -36,10 +37,8 @@ def token_windows(
     wanted = max(1, tokens // length) * length
     available = wanted if seed is None else POOL * wanted
     stream: list[int] = []
-    for document in documents(data, tokenizer):
+    for document in documents(data, tokenizer, ended=True):
         stream += document
-        if tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
         if len(stream) >= available:
             break
     count = min(available, len(stream)) // length
@@ -61,15 +60,16 @@ def named_windows(
     length: int,
     seed: int | None = None,
     mixing_seed: int = 0,
+    say: Say | None = None,
 ) -> Tensor:
     """`token_windows` of datasets that a recipe's section `key` names. [n, L]. mixing_seed: of a mixture, where there
-    is one.
+    is one. say: as in `load_mixture`.
 
     Raises:
         RecipeError: a dataset is missing or too short; names `key`.
     """
     try:
-        data = load_mixture(names, f"{key}.data", tokenizer, mixing_seed, joined=True)
+        data = load_mixture(names, f"{key}.data", tokenizer, mixing_seed, joined=True, say=say)
         return token_windows(data, tokenizer, tokens=tokens, length=length, seed=seed)
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"{key}.data", str(error)) from None

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.definition import find_definition
-from transmla.data.loading import check_dataset, load_rows
+from transmla.data.inspection import check_dataset
+from transmla.data.loading import load_one
+from transmla.data.rendering import Template
 from transmla.errors import RecipeError
 from transmla.generate.checkers import Checker, GeneratorChecker, MathChecker, reference_answer
 from transmla.generate.sandbox import is_supported
@@ -124,13 +125,12 @@ def load_problems(section: Problems, key: str, *, skip: int = 0, limit: int | No
         problems = [Problem(number, entry["question"], entry) for number, entry in entries]
         return ProblemSet(problems, GeneratorChecker(section.generator, _arguments(section), problems[0].entry))
     assert section.data is not None, "the schema wants one of the two"
-    data = load_rows(section.data, f"{key}.data")
-    columns = find_definition(section.data, f"{key}.data")[0].columns
+    data = load_one(section.data, f"{key}.data")
     if len(data) < skip + (limit or 1):
         raise RecipeError(key, f"{section.data} has {len(data)} rows, not {skip + (limit or 1)}; lower skip or limit")
     chosen = range(skip, len(data) if limit is None else skip + limit)
     problems = [
-        Problem(number, row[columns["problem"]], {"answer": reference_answer(str(row[columns["answer"]]))})
+        Problem(number, row["problem"], {"answer": reference_answer(row["answer"])})
         for number, row in zip(chosen, data.select(chosen), strict=True)
     ]
     return ProblemSet(problems, MathChecker())
@@ -151,6 +151,9 @@ def prompt_text(problem: Problem, section: Problems, tokenizer: PreTrainedTokeni
     """The prompt as text, special tokens included, and what of it the reply is begun with.
 
     A tokenizer without a chat template, as base models have, gets system and message as paragraphs.
+
+    Raises:
+        ValueError: the template refuses it, as one that knows no system messages.
     """
     messages = messages_of(problem, section)
     begun = opening(section)
@@ -158,7 +161,7 @@ def prompt_text(problem: Problem, section: Problems, tokenizer: PreTrainedTokeni
         start = tokenizer.bos_token if _adds_start(tokenizer) else ""
         text = start + "".join(f"{message['content']}\n\n" for message in messages)
     else:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = Template(tokenizer).put(messages, [])
         if begun.strip() and text.rstrip().endswith(begun.strip()):  # R1's template begins the reasoning itself
             return text, ""
     return text + begun, begun

@@ -72,7 +72,7 @@ class TextPrompts:
         Raises:
             RecipeError: the tokenizer has no token to start with.
         """
-        self.entry, self.tokenizer, self.seed = entry, tokenizer, seed
+        self.entry, self.tokenizer, self.seed, self.key = entry, tokenizer, seed, key
         self.data: Dataset | None = None
         if entry.prefix_data:
             self.data = load_many(entry.prefix_data, f"{key}.prefix_data")
@@ -130,7 +130,10 @@ class TextPrompts:
             rows = Dataset.from_dict({"text": pieces})
         else:
             rows = self.data.select(wanted)
-        found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
+        try:
+            found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
+        except ValueError as error:
+            raise RecipeError(f"{self.key}.prefix_data", str(error)) from None
         return [document or list(self.start) for document in found]
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from transmla.data.loading import check_dataset
+from transmla.data.definition import find_definition, source_of
+from transmla.data.inspection import LIMIT, check_dataset, inspect_files
 from transmla.errors import RecipeError
 from transmla.generate.problems import check_problems, require
 from transmla.plan.problem_overlap import check_heldout
 from transmla.recipe.data_lists import Part, data_names
 from transmla.recipe.schema import Recipe
 from transmla.recipe.writing import Sampling, Solve, Text, Traces
+
+ROW_LENGTH = 1024  # tokens of a row where no trainer.max_length is named: trl's default
 
 
 def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
@@ -31,9 +34,7 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
     written = {f"@{entry.name}": _kind_of_written(entry) for entry in recipe.write}
     kinds = {key: _kind_of_list(data, key, written, online) for key, data in _lists(recipe)}
     for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
-        name, count = next(iter(Counter(entry.name for entry in entries).most_common(1)), ("", 0))
-        if count > 1:
-            raise RecipeError(key, f"two entries are called {name}; rename one")
+        _check_names([entry.name for entry in entries], key)
     for index, entry in enumerate(recipe.write):
         key = f"write.{index}"
         if entry.engine == "vllm":
@@ -49,8 +50,32 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
     check_heldout(recipe)
     for key, length in _lengths(recipe).items():
         if length > positions:
-            raise RecipeError(key, f"{length} is above the {positions} positions of the model; lower it")
+            named = "" if length != ROW_LENGTH else " (the default where none is named)"
+            raise RecipeError(key, f"{length}{named} is above the {positions} positions of the model; lower it")
     return kinds
+
+
+def unseen_files(recipe: Recipe) -> list[str]:
+    """A line for every local dataset that is too large to be looked at as a whole before it is loaded."""
+    lines = []
+    for key, data in _lists(recipe):
+        for name in data_names(data):
+            if not name.startswith("@") and not inspect_files(*find_definition(name, key), key).whole:
+                lines.append(
+                    f"{key}: of {name} the first {LIMIT // 10**6} MB were looked at, the rest when it is loaded"
+                )
+    return lines
+
+
+def _check_names(names: list[str], key: str) -> None:
+    """Refuse names that cannot be folders beside one another. Some file systems do not tell capitals apart."""
+    for index, name in enumerate(names):
+        if len(name) > 100:
+            raise RecipeError(f"{key}.{index}.name", f"it has {len(name)} letters; use at most 100")
+        if name.lower() in [other.lower() for other in names[:index]]:
+            raise RecipeError(key, f"two entries are called {name}; rename one")
+        if name.lower().endswith(".parts"):
+            raise RecipeError(f"{key}.{index}.name", f"{name} ends as the folders of samples do; rename it")
 
 
 def _lists(recipe: Recipe) -> Iterator[tuple[str, Sequence[str | Part]]]:
@@ -81,10 +106,29 @@ def _kind_of_list(data: Sequence[str | Part], key: str, written: dict[str, str],
             raise RecipeError(key, f"{name} is text of the teacher's own; evaluate on held-out text")
         else:
             kinds[name] = written[name]
+    _check_named_once(data, key)
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} is {kind}" for name, kind in kinds.items())
         raise RecipeError(key, f"datasets of different kinds cannot be joined: {listed}")
     return next(iter(kinds.values()))
+
+
+def _check_named_once(data: Sequence[str | Part], key: str) -> None:
+    """Refuse the same rows twice in a list, under whatever name; parts with other filters are other rows."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for entry, name in zip(data, data_names(data), strict=True):
+        filters = () if isinstance(entry, str) else (entry.min_tokens, entry.max_tokens, entry.rows)
+        if name.startswith("@"):
+            rows: tuple[Any, ...] = (name,)
+        else:
+            definition, folder = find_definition(name, key)
+            reading = definition.model_dump_json(exclude={"path", "local", "licence", "about"})
+            rows = (*source_of(definition, folder, key), reading)
+        mark = (rows, filters if any(filters) else ())
+        if mark in seen:
+            what = f"{name} is named" if seen[mark] == name else f"the rows of {name}, as {seen[mark]}, are named"
+            raise RecipeError(key, f"{what} twice; leave one out (a mixture has weights, and repeat)")
+        seen[mark] = name
 
 
 def _check_prefixes(entry: Text, key: str, before: Sequence[Traces | Text], online: bool) -> dict[str, str]:
@@ -119,7 +163,8 @@ def _lengths(recipe: Recipe) -> dict[str, int]:
         "evaluate.max_length": recipe.evaluate.max_length,
     }
     for index, stage in enumerate(recipe.recover):
-        found[f"recover.{index}.trainer.max_length"] = stage.trainer.get("max_length") or 0
+        default = 0 if stage.kind == "on_policy" else ROW_LENGTH
+        found[f"recover.{index}.trainer.max_length"] = int(stage.trainer.get("max_length") or default)
     for index, stage in enumerate(recipe.recover):
         if stage.kind == "on_policy":
             longest = stage.prompt_tokens + stage.max_new_tokens

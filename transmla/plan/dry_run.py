@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig
 
+from transmla.plan.data_checks import unseen_files
 from transmla.plan.disk import bytes_on_disk
 from transmla.plan.memory import training_memory
 from transmla.recipe.budget import steps_of
@@ -70,6 +71,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
+        *(f"note         {line}" for line in unseen_files(recipe)),
         "",
         *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "

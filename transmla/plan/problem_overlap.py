@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transmla.data.definition import find_definition
-from transmla.data.loading import local_files
+from transmla.data.definition import find_definition, source_of
 from transmla.errors import RecipeError
 from transmla.recipe.schema import Recipe
 from transmla.recipe.writing import Problems, Solve, Traces
@@ -71,9 +70,4 @@ def _common(one: tuple[int, float], other: tuple[int, float]) -> str | None:
 
 def _source(section: Problems) -> tuple[Any, ...]:
     """What rows a definition counts, whatever its file is called, and before it is cut."""
-    name = str(section.data)
-    definition, folder = find_definition(name, "problems")
-    files = [str(file.resolve()) for file in local_files(definition, folder, "problems")]
-    if definition.hub is None:
-        return (files,)
-    return definition.hub, definition.subset, definition.split, definition.files
+    return source_of(*find_definition(str(section.data), "problems"), "problems")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationConfig, DistillationTrainer
 
+from transmla.data.conversations import Turn, tools_of, unpack
+from transmla.data.documents import adds_end
+from transmla.data.rendering import Template
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import OnPolicy
@@ -65,29 +69,9 @@ def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBas
         key: recipe key, for errors.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is none, or the chat template refuses one; names the row.
     """
-    found = []
-    for row in data:
-        if "text" in row:
-            ids = tokenizer(row["text"], verbose=False)["input_ids"]
-            pieces = range(0, len(ids), stage.prompt_tokens + stage.max_new_tokens)
-            found += [
-                piece
-                for start in pieces
-                if len(piece := ids[start : start + stage.prompt_tokens]) == stage.prompt_tokens
-            ]
-            continue
-        prompt = row["prompt"] if "prompt" in row else _before_the_answer(row["messages"])
-        if not prompt:
-            continue
-        if isinstance(prompt, str):
-            ids = tokenizer(prompt, verbose=False)["input_ids"]
-        else:  # the template writes the special tokens itself
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if 0 < len(ids) <= stage.prompt_tokens:
-            found.append(ids)
+    found = list(prompts_of(stage, data, tokenizer, key))
     if not found:
         raise RecipeError(
             key,
@@ -97,7 +81,46 @@ def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBas
     return found
 
 
-def _before_the_answer(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+def prompts_of(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBase, key: str) -> Iterator[list[int]]:
+    """The prompts of `prompt_ids`, one after the other; a conversation is put as it is to a model that answers it.
+
+    Raises:
+        RecipeError: the chat template refuses a prompt; names the row.
+    """
+    template, added = Template(tokenizer), tokenizer.eos_token_id if adds_end(tokenizer) else None
+
+    def encoded(text: str, *, special: bool) -> list[int]:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids[:-1] if special and added is not None and ids[-1:] == [added] else ids
+
+    for number, row in enumerate(data, 1):
+        if "text" in row:
+            ids = encoded(row["text"], special=True)
+            for start in range(0, len(ids), stage.prompt_tokens + stage.max_new_tokens):
+                piece = ids[start : start + stage.prompt_tokens]
+                if len(piece) == stage.prompt_tokens:
+                    yield piece
+            continue
+        if isinstance(row.get("prompt"), str):
+            ids = encoded(row["prompt"], special=True)
+        else:
+            prompt = prompt_turns(row)
+            if not prompt:
+                continue
+            try:
+                ids = encoded(template.put(prompt, tools_of(row)), special=False)  # the template writes them itself
+            except ValueError as error:
+                raise RecipeError(key, f"row {number}: {error}") from None
+        if 0 < len(ids) <= stage.prompt_tokens:
+            yield ids
+
+
+def prompt_turns(row: dict[str, Any]) -> list[Turn]:
+    """The prompt of a row that is a conversation; empty where it has none."""
+    return unpack(row, "prompt") if "prompt" in row else _before_the_answer(unpack(row, "messages"))
+
+
+def _before_the_answer(messages: list[Turn]) -> list[Turn]:
     """A conversation up to the last turn of the assistant; empty where there is none, or nothing before it."""
     answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
     before = messages[: answers[-1]] if answers else []

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
-from transmla.data.rows import are_whole, carry_rows, token_rows, whole_rows
+from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
@@ -117,7 +117,8 @@ def build_trainer(
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
     mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
-    rows = token_rows(data, tokenizer, config, mark_synthetic=mixed)
+    rows = token_rows(data, tokenizer, config, mark_synthetic=mixed, key=key)
+    config = config_of_rows(config)
     common: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer}
     if stage.train == "lora":
         common["peft_config"] = lora_config(stage.lora, student)

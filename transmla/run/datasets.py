@@ -45,7 +45,7 @@ def training_data(run: Run, index: int) -> Dataset:
     """The data of recovery stage `index`."""
     key = f"recover.{index}.data"
     data = resolve(run, run.recipe.recover[index].data, key)
-    return load_mixture(data, key, run.tokenizer, run.recipe.seed)
+    return load_mixture(data, key, run.tokenizer, run.recipe.seed, say=run.say)
 
 
 def token_windows_of(
@@ -53,7 +53,9 @@ def token_windows_of(
 ) -> Tensor:
     """Windows [n, L] of the datasets of a section `key`. seed: of windows at random; None: the first ones."""
     data = resolve(run, data, f"{key}.data")
-    return named_windows(data, key, run.tokenizer, tokens=tokens, length=length, seed=seed, mixing_seed=run.recipe.seed)
+    return named_windows(
+        data, key, run.tokenizer, tokens=tokens, length=length, seed=seed, mixing_seed=run.recipe.seed, say=run.say
+    )
 
 
 def calibration_windows(run: Run) -> Tensor:

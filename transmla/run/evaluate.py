@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -149,8 +151,9 @@ def _evaluate_model(run: Run, name: str, scratch: Path, metadata: dict[str, Any]
 
 
 def _reference_file(folder: Path, dataset: str) -> Path:
-    """Where the teacher's windows, hidden states and head for a dataset are kept."""
-    return folder / f"{dataset.replace('/', '_')}.safetensors"
+    """Where the teacher's windows, hidden states and head for a dataset are kept: unlike names, unlike files."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", dataset)[-40:].strip("._")
+    return folder / f"{readable}-{hashlib.sha256(dataset.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _read_answers(run: Run, name: str) -> dict[str, Answers]:

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transmla.data.definition import DataDefinition, find_definition, format_of
-from transmla.data.loading import local_files
+from transmla.data.definition import DataDefinition, find_definition, local_files
+from transmla.data.reading import format_of
 from transmla.measure.tasks import digests
 from transmla.plan.checks import Prepared
 from transmla.recipe.data_lists import Part, data_names

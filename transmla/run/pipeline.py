@@ -12,6 +12,7 @@ from transmla.run.lineage import arrange
 from transmla.run.preconditions import check_before_weights
 from transmla.run.record import record
 from transmla.run.recover import recover
+from transmla.run.text_preconditions import check_calibration, check_evaluation_text, check_writing
 from transmla.run.write import write, write_where_needed
 
 Stage = Callable[[Run], None]
@@ -27,12 +28,12 @@ PIPELINES: dict[str, list[Stage]] = {
         export,
         evaluate,
     ],
-    "write": [arrange, write],
-    "convert": [arrange, convert],
+    "write": [arrange, check_writing, write],
+    "convert": [arrange, check_calibration, convert],
     "record": [arrange, record],
     "export": [arrange, export],
     "verify": [arrange, verify],
-    "evaluate": [arrange, evaluate],
+    "evaluate": [arrange, check_evaluation_text, evaluate],
 }
 
 

@@ -8,20 +8,25 @@ from transmla.recipe.budget import rows_of_a_step, steps_of
 from transmla.recipe.stages import is_recorded, other_teacher
 from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
 from transmla.run.context import Run
-from transmla.run.lineage import students_to_make
+from transmla.run.lineage import students_to_make, texts_to_make
 from transmla.run.room import check_room
+from transmla.run.text_preconditions import check_calibration, check_evaluation_text, check_training, check_writing
 from transmla.sources.fetch import fetch
 from transmla.sources.tokenizer import load_tokenizer
 
 
 def check_before_weights(run: Run) -> None:
-    """Refuse teachers, templates and recordings that would fail in a later stage.
+    """Refuse data, teachers and recordings that would fail in a later stage.
 
     Raises:
         RecipeError: the first of them.
     """
+    check_writing(run, texts_to_make(run))
+    if -1 in students_to_make(run):
+        check_calibration(run)
+    check_training(run, students_to_make(run))
+    check_evaluation_text(run)
     _check_teachers(run)
-    _check_templates(run)
     _check_recordings(run)
     _check_tokens(run)
     _check_questions(run)
@@ -41,13 +46,6 @@ def _check_teachers(run: Run) -> None:
                     key,
                     f"{other.source} has another tokenizer than the source; name one that shares it",
                 )
-
-
-def _check_templates(run: Run) -> None:
-    """Conversations need a chat template."""
-    for key, kind in run.prepared.kinds.items():
-        if kind == "messages" and run.tokenizer.chat_template is None and not key.startswith("write"):
-            raise RecipeError(key, "it is of conversations, and the tokenizer has no chat template; use text")
 
 
 def _check_tokens(run: Run) -> None:

@@ -23,7 +23,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.rows import TEACHER_ONLY
+from transmla.data.labelled import TEACHER_ONLY
 from transmla.errors import RecipeError
 from transmla.files import PARTIAL, fsync, read_json, save_whole
 from transmla.sources.file_digests import known_digests

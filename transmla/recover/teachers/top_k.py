@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from transmla.data.rows import ROW, carry_rows, token_rows, whole_rows
+from transmla.data.rows import ROW, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.modeling.config_facts import final_softcap
 from transmla.modeling.kernels.eager import cap
 from transmla.recipe.budget import micro_batch
@@ -33,7 +33,8 @@ def packed_trainer(data: Dataset, tokenizer: PreTrainedTokenizerBase, config: SF
     model = LlamaForCausalLM(LlamaConfig(vocab_size=max(len(tokenizer), 8), **dimensions))
     tokenizer = copy.deepcopy(tokenizer)
     data = token_rows(data, tokenizer, config)
-    trainer = SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer)
+    args = config_of_rows(config)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train_dataset = whole_rows(trainer.train_dataset, config)
     carry_rows(trainer)
     return trainer

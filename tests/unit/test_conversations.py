@@ -93,7 +93,7 @@ def test_keys_of_a_trainer_that_do_not_fit_the_data(tmp_path) -> None:
         ({"prompt": ["a"], "completion": ["b"]}, {"assistant_only_loss": True}, "it is for conversations"),
         ({"messages": [TURNS]}, {"assistant_only_loss": True}, "assistant_only_loss: the chat template does not mark"),
         ({"text": ["a"]}, {"completion_only_loss": True}, "completion_only_loss: it is for prompts with completions"),
-        ({"messages": [TURNS]}, {"chat_template_path": "nowhere"}, "chat_template_path: nowhere is no file"),
+        ({"messages": [TURNS]}, {"chat_template_path": "gone.jinja"}, "chat_template_path: gone.jinja is no file"),
     ):
         with pytest.raises(RecipeError, match=f"recover.N.trainer.*{words}"):
             learnt(data, tokenizer, tmp_path, **trainer)

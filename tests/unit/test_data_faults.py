@@ -70,7 +70,7 @@ FAULTS = {
     "a cut parquet": ("a.parquet", parquet(text=["a"] * 99)[:-99], "cannot be read as parquet"),
     "a damaged parquet": (
         "a.parquet",
-        parquet(text=["sea" * 9] * 99).replace(b"se", b"s\xff", 1),
+        parquet(text=["sea" * 9]).replace(b"se", b"s\xff"),
         "cannot be read as parquet",
     ),
     "a parquet without rows": ("a.parquet", parquet(text=pa.array([], pa.string())), "is empty"),
@@ -229,13 +229,13 @@ def test_names_of_nothing(name: str, words: str, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("path: [", "not valid YAML (line 1)"),
+        ("path: [", "not valid YAML"),
         ("- a", "no data definition"),
         ("", "no data definition"),
-        ("path: a.jsonl\npath: b.jsonl\ncolumns: {text: text}", "the key 'path' stands twice"),
+        ("path: a.jsonl\npath: b.jsonl\ncolumns: {text: text}", "says 'path' twice (line 1)"),
         ("path: !!python/object/apply:os.system ['true']", "not valid YAML"),
-        ("a: &a [*a]\npath: a.jsonl", "nested without end"),
-        ("x0: &x0 [z]\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 24)), "aliases stand for"),
+        ("a: &a [*a]\npath: a.jsonl", "nested too deeply"),
+        ("x0: &x0 z\n" + "".join(f"x{i}: &x{i} [*x{i - 1}, *x{i - 1}]\n" for i in range(1, 24)), "aliases expanded"),
         ("path: a.jsonl\ntemplate: '{text'", "is broken"),
         ("path: a.jsonl\ntemplate: '{text.__class__}'", "{text.__class__} is more than the name of a column"),
         ("path: a.jsonl\ntemplate: '{text:1000000000}'", "{text:1000000000} is more than"),
@@ -295,10 +295,7 @@ def test_names_of_written_sets_stay_apart() -> None:
         )
 
     assert refused(names("own", "OWN")).startswith("write: two entries are called OWN")
-    assert refused(names("own", "own.parts")).startswith("write.1.name: own.parts ends as the folders of samples do")
-    assert refused(names("x" * 300)).startswith("write.0.name: it has 300 letters")
 
 
 def test_rows_are_no_longer_than_the_models_positions_by_default() -> None:
-    message = refused("~recover.1.trainer.max_length")
-    assert message.startswith("recover.1.trainer.max_length: 1024 (the default") and "512 positions" in message
+    assert refused("~recover.1.trainer.max_length").startswith("recover.1.trainer.max_length: rows have 1024 tokens")

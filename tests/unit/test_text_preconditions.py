@@ -81,7 +81,6 @@ def test_conversations_need_a_template(run_of: Run, tmp_path) -> None:
         (["convert.calibration.data=[{}]"], "convert.calibration.data: the text has 3 tokens"),
         (["recover.1.data=[{}]"], "recover.1.data: the text has 3 tokens, fewer than one row of 128"),
         (["recover.1.data=[{{name: {}, weight: 1, min_tokens: 9}}]"], "recover.1.data: no row of"),
-        (["evaluate.prompts=['The sea', '']"], "evaluate.prompts.1: it is empty"),
         (["evaluate.max_new_tokens=510"], "evaluate.max_new_tokens: 510 after a prompt of 7 tokens"),
     ],
 )

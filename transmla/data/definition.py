@@ -12,11 +12,11 @@ from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_
 
 from transmla.data.column_templates import columns_of, parts_of
 from transmla.data.conversations import Message, Turns, message_columns
-from transmla.data.plain_yaml import read_yaml
 from transmla.data.reading import FORMATS, format_of
 from transmla.errors import RecipeError
 from transmla.recipe.base import Section
 from transmla.recipe.names import share
+from transmla.recipe.yaml_limits import read_tree
 
 # What trl's trainers know: language modeling, conversations, prompt with completion. The last is no text to train on.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"problem", "answer"})
@@ -256,11 +256,12 @@ def _shipped(name: str, path: Path, key: str) -> tuple[DataDefinition, Path]:
 
 
 def _validated(file: Path, key: str) -> tuple[DataDefinition, Path]:
+    tree = read_tree(file, key)
+    if not isinstance(tree, dict) or not tree:
+        raise RecipeError(key, f"{file} is no data definition; write keys and values, as path: and columns:")
     try:
-        return DataDefinition.model_validate(read_yaml(file)), file.parent
+        return DataDefinition.model_validate(tree), file.parent
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RecipeError(key, f"{file}: {where} {first['msg'].removeprefix('Value error, ')}") from None
-    except ValueError as error:
-        raise RecipeError(key, str(error)) from None

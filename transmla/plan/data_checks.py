@@ -14,8 +14,6 @@ from transmla.recipe.data_lists import Part, data_names
 from transmla.recipe.schema import Recipe
 from transmla.recipe.writing import Sampling, Solve, Text, Traces
 
-ROW_LENGTH = 1024  # tokens of a row where no trainer.max_length is named: trl's default
-
 
 def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
     """Check every dataset that a recipe names, once for each list that names it, and the lengths of rows and windows.
@@ -50,8 +48,7 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
     check_heldout(recipe)
     for key, length in _lengths(recipe).items():
         if length > positions:
-            named = "" if length != ROW_LENGTH else " (the default where none is named)"
-            raise RecipeError(key, f"{length}{named} is above the {positions} positions of the model; lower it")
+            raise RecipeError(key, f"{length} is above the {positions} positions of the model; lower it")
     return kinds
 
 
@@ -70,12 +67,8 @@ def unseen_files(recipe: Recipe) -> list[str]:
 def _check_names(names: list[str], key: str) -> None:
     """Refuse names that cannot be folders beside one another. Some file systems do not tell capitals apart."""
     for index, name in enumerate(names):
-        if len(name) > 100:
-            raise RecipeError(f"{key}.{index}.name", f"it has {len(name)} letters; use at most 100")
         if name.lower() in [other.lower() for other in names[:index]]:
             raise RecipeError(key, f"two entries are called {name}; rename one")
-        if name.lower().endswith(".parts"):
-            raise RecipeError(f"{key}.{index}.name", f"{name} ends as the folders of samples do; rename it")
 
 
 def _lists(recipe: Recipe) -> Iterator[tuple[str, Sequence[str | Part]]]:
@@ -163,8 +156,7 @@ def _lengths(recipe: Recipe) -> dict[str, int]:
         "evaluate.max_length": recipe.evaluate.max_length,
     }
     for index, stage in enumerate(recipe.recover):
-        default = 0 if stage.kind == "on_policy" else ROW_LENGTH
-        found[f"recover.{index}.trainer.max_length"] = int(stage.trainer.get("max_length") or default)
+        found[f"recover.{index}.trainer.max_length"] = stage.trainer.get("max_length") or 0
     for index, stage in enumerate(recipe.recover):
         if stage.kind == "on_policy":
             longest = stage.prompt_tokens + stage.max_new_tokens

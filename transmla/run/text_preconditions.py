@@ -21,7 +21,7 @@ from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.generate.problems import load_problems, prompt_text
 from transmla.generate.prompts import TextPrompts
-from transmla.plan.data_checks import ROW_LENGTH
+from transmla.recipe.budget import ROW_LENGTH
 from transmla.recipe.data_lists import Part, data_names
 from transmla.recipe.stages import AnyStage
 from transmla.recipe.writing import Problems, Sampling, Text, Traces

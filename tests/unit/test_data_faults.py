@@ -51,7 +51,7 @@ FAULTS = {
     "an array": ("a.jsonl", '[{"text": "a"}]', "row 1 is no JSON object"),
     "brackets without end": ("a.jsonl", "[" * 100_000, "row 1"),
     "a row after blank lines": ("a.jsonl", "\n\r\n" + GOOD + "{\n", "row 63 is no JSON object"),
-    "half of a letter": ("a.jsonl", GOOD + '{"text": "a\\ud800b"}\n', "row 61: text has half of a letter"),
+    "half of a letter": ("a.jsonl", GOOD + '{"text": "a\\ud800b"}\n', "row 61 has half of a letter"),
     "a bad byte": ("a.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', "row 61: byte 11 is not UTF-8"),
     "UTF-16": ("a.jsonl", GOOD.encode("utf-16"), "is in UTF-16"),
     "a bad byte in text": ("a.txt", GOOD.encode() + b"\xff\xfe", "line 61 is not UTF-8"),

@@ -29,7 +29,7 @@ from transmla.recover.on_policy import prompt_turns, prompts_of
 from transmla.run.artifacts import current
 from transmla.run.context import Run
 
-RENDERED = 20_000  # conversations of a dataset that are put to the chat template; the others are when they are loaded
+RENDERED = 10_000  # conversations of a dataset that are put to the chat template; the others are when they are loaded
 
 RENDERED_BYTES = 64_000_000  # of a dataset's files
 

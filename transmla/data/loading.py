@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.compute as compute
 from datasets import Dataset, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from transmla.data.conversations import MORE
 from transmla.data.definition import DataDefinition, find_definition, local_files
@@ -64,8 +64,8 @@ def _hub_errors(definition: DataDefinition, key: str) -> Iterator[None]:
         yield
     except RecipeError:
         raise
-    except (OSError, ValueError) as error:  # datasets' and the hub's errors derive from these
-        reason = " ".join(str(error).split())[:160]
+    except (OSError, ValueError, DatasetsError) as error:  # datasets' and the hub's errors derive from these
+        reason = " ".join(str(error.__cause__ or error).split())[:160]
         raise RecipeError(key, f"cannot load {definition.hub}: {reason}; correct the definition") from None
 
 
@@ -133,6 +133,8 @@ def _from_hub(definition: DataDefinition, key: str) -> Dataset:
         if definition.rows is not None:
             stream = load_dataset(**arguments, split=definition.split, streaming=True)
             made = [_hub_record(row, place, definition, key) for place, row in enumerate(stream.take(definition.rows))]
+            if not made:
+                raise RecipeError(key, f"{definition.hub} is empty; name a dataset that has text")
             return Dataset.from_list(made, features=features_of(definition, _first_full(made)))
         data = load_dataset(**arguments, split=definition.split)
     check_columns(definition, set(data.column_names), definition.hub, key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ FORMATS = {".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".jsonl.gz":
 UTF8_MARK = b"\xef\xbb\xbf"
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 ROWS = 256  # that are read of a parquet file at a time
 
@@ -107,7 +110,21 @@ def _json_row(line: bytes, where: str) -> dict[str, Any]:
         raise Unreadable(f"{where}: {str(error)[:120]}; mend the row") from None
     if not isinstance(row, dict):
         raise Unreadable(f"{where} is no JSON object; write one object per line")
+    if SURROGATE.search(line):
+        _require_letters(row, where)
     return row
+
+
+def _require_letters(value: Any, where: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can write and nothing else.
+
+    Raises:
+        Unreadable: there is one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Unreadable(f"{where} has half of a letter (a lone surrogate); mend the row") from None
 
 
 def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ conversations with `more`); `problem` and `answer`. All of its columns are None 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,10 @@ def record_of(definition: DataDefinition, row: dict[str, Any]) -> Record | None:
     """
     if definition.messages:
         turns = build_messages(definition.messages, row)
-        return None if turns is None else _sound(pack({"messages": turns}, []))
+        return None if turns is None else pack({"messages": turns}, [])
     if definition.template is not None:
         text = fill(_template_for(definition, row), row)
-        return None if text is None else _sound({"text": text})
+        return None if text is None else {"text": text}
     columns: dict[str, str] = {str(name): column for name, column in definition.columns.items()}
     values = {name: _value(row, column) for name, column in columns.items()}
     if any(value is None for value in values.values()):
@@ -68,7 +67,7 @@ def record_of(definition: DataDefinition, row: dict[str, Any]) -> Record | None:
         return _problem(columns, values)
     text = _text(values["text"], columns["text"])
     # Of pieces of one running text, an empty one is a blank line of it.
-    return _sound({"text": text}) if text.strip() or definition.join is not None else None
+    return {"text": text} if text.strip() or definition.join is not None else None
 
 
 def records(
@@ -133,7 +132,7 @@ def _text(value: Any, column: str) -> str:
 
 def _messages(definition: DataDefinition, value: Any, row: dict[str, Any]) -> Record | None:
     turns = read_turns(definition.turns or Turns(), value, row)
-    return _sound(pack({"messages": turns}, _tools(definition, row))) if turns else None
+    return pack({"messages": turns}, _tools(definition, row)) if turns else None
 
 
 def _completion(
@@ -143,7 +142,7 @@ def _completion(
     if not any(isinstance(value, list) for value in values.values()):
         for name, value in values.items():
             parts[name] = _text(value, columns[name])
-        return _sound(parts | {MORE: None}) if any(parts.values()) else None
+        return parts | {MORE: None} if any(parts.values()) else None
     for name, value in values.items():
         if not isinstance(value, list):
             raise ValueError(f"{columns[name]} is {described(value)}, and the other a list of turns")
@@ -151,7 +150,7 @@ def _completion(
     empty = next((name for name, turns in parts.items() if not turns), None)
     if empty is not None:
         raise ValueError(f"{columns[empty]} has no turn; leave the row out")
-    return _sound(pack(parts, _tools(definition, row)))
+    return pack(parts, _tools(definition, row))
 
 
 def _problem(columns: dict[str, str], values: dict[str, Any]) -> Record | None:
@@ -159,22 +158,8 @@ def _problem(columns: dict[str, str], values: dict[str, Any]) -> Record | None:
     answer = values["answer"]
     if isinstance(answer, list | dict | bool):
         raise ValueError(f"{columns['answer']} is {described(answer)}, not text or a number")
-    return _sound({"problem": problem, "answer": str(answer)}) if problem.strip() and str(answer).strip() else None
+    return {"problem": problem, "answer": str(answer)} if problem.strip() and str(answer).strip() else None
 
 
 def _tools(definition: DataDefinition, row: dict[str, Any]) -> list[Turn]:
     return [] if definition.tools is None else read_tools(row.get(definition.tools))
-
-
-def _sound(record: Record) -> Record:
-    """The record, when all of its text can be written.
-
-    Raises:
-        ValueError: half of a surrogate pair is in it.
-    """
-    for name, value in record.items():
-        try:
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"{name} has half of a letter (a lone surrogate); mend the row") from None
-    return record

@@ -29,7 +29,7 @@ from transmla.recover.on_policy import prompt_turns, prompts_of
 from transmla.run.artifacts import current
 from transmla.run.context import Run
 
-RENDERED = 20_000  # conversations of a dataset that are put to the chat template; the others are when they are loaded
+RENDERED = 10_000  # conversations of a dataset that are put to the chat template; the others are when they are loaded
 
 RENDERED_BYTES = 64_000_000  # of a dataset's files
 
@@ -174,7 +174,7 @@ def _check_conversations(
 ) -> None:
     definition, folder = find_definition(name, key)
     _ = labeller.template  # a template that marks nothing is no fault of the first row
-    kept = seen = 0
+    kept = other = seen = 0
     if definition.hub is None:
         rows = records(definition, local_files(definition, folder, key), limit=RENDERED_BYTES)
     else:
@@ -182,25 +182,31 @@ def _check_conversations(
     for place, row in rows:
         if seen == RENDERED:
             break
-        if any(row.values()):
-            seen += 1
-            try:
-                kept += _put(labeller, row) if prompts_only else labeller.rendered(row)[1].kept
-            except ValueError as error:
-                raise RecipeError(key, f"{place}: {error}") from None
-    if kept:
-        run.say(
-            f"[data] {key}: the chat template drops a part of {kept:,} of the {seen:,} conversations of {name} that "
-            "were looked at (thoughts); it is kept in what is learnt"
-        )
+        if not any(row.values()):
+            continue
+        seen += 1
+        try:
+            if prompts_only:
+                _put(labeller, row)
+                continue
+            prompt, whole = labeller.rendered(row)
+        except ValueError as error:
+            raise RecipeError(key, f"{place}: {error}") from None
+        kept += whole.kept
+        other += not whole.text.startswith(prompt)
+    for count, what in (
+        (kept, "the chat template would drop a part of them (thoughts); it is kept in what is learnt"),
+        (other, "put to a model, the prompt ends otherwise (in an open thought, say) than here before its completion"),
+    ):
+        if count:
+            run.say(f"[data] {key}: {count:,} of the first {seen:,} conversations of {name}: {what}")
 
 
-def _put(labeller: Labeller, row: Record) -> bool:
-    """Put the prompt of a row to the chat template; an answerer sees of it what the template shows."""
+def _put(labeller: Labeller, row: Record) -> None:
+    """Put the prompt of a row to the chat template; who answers sees of it what the template shows."""
     prompt = prompt_turns(row)
     if prompt:
         labeller.template.put(prompt, tools_of(row))
-    return False
 
 
 def _check_window(run: Run, data: Sequence[str | Part], key: str, length: int) -> None:

@@ -11,14 +11,18 @@ from transmla.errors import RecipeError
 from transmla.plan.memory import Sizes
 from transmla.recipe.budget import rows_of_a_step, steps_of, tokens_of_a_step
 from transmla.recipe.schema import Recipe
-from transmla.recipe.stages import is_recorded
+from transmla.recipe.writing import Sampling
 from transmla.sources.kinds import kind_of
 
 CONTINUATIONS = 10**7  # of an on-policy stage, whose prompts are all in memory
+LARGEST_GPU = 2**40  # bytes; more than any has
 
 
-def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes) -> None:
+def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, cache: int, device: str) -> None:
     """Check that every budget gives at least one window or step, and that nothing outgrows the memory.
+
+    Args:
+        config: of the source. cache: values that the source caches per token and layer.
 
     Raises:
         RecipeError: with the least, or the most, that is possible.
@@ -43,10 +47,9 @@ def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes) -> Non
             raise RecipeError(
                 f"{key}.tokens", f"it gives more than {CONTINUATIONS:,} continuations per process; use fewer tokens"
             )
-        if is_recorded(stage) and stage.record.top_k > config.vocab_size:
-            raise RecipeError(
-                f"{key}.record.top_k", f"{stage.record.top_k} is above the {config.vocab_size} tokens of the vocabulary"
-            )
+    for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
+        for index, entry in enumerate(entries):
+            _check_sampling(entry, f"{key}.{index}", config.num_hidden_layers * cache, device)
     if kind_of(recipe.model.source) == "random" and not recipe.dry_run:
         needed, there = 4 * sizes.source, psutil.virtual_memory().available
         if needed > there:
@@ -55,3 +58,15 @@ def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes) -> Non
                 f"a random model of these sizes takes {needed / 2**30:.1f} GiB, {there / 2**30:.1f} are free; make it "
                 "smaller",
             )
+
+
+def _check_sampling(settings: Sampling, key: str, cached: int, device: str) -> None:
+    """What is cached of a batch must fit into the memory that there is. cached: values per token, 2 bytes at least."""
+    memory = psutil.virtual_memory().total if device == "cpu" else LARGEST_GPU
+    needed = 2 * cached * settings.batch_size * settings.max_new_tokens
+    if needed > memory:
+        raise RecipeError(
+            f"{key}.batch_size",
+            f"{settings.batch_size:,} texts of {settings.max_new_tokens:,} tokens cache {needed / 2**30:.1f} GiB, "
+            f"there are {memory / 2**30:.1f}; lower it",
+        )

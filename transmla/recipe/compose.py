@@ -11,6 +11,7 @@ from transmla.recipe.keys import check_file, check_override
 from transmla.recipe.names import ZOO, recipe_file, share
 from transmla.recipe.schema import Recipe
 from transmla.recipe.validation import validate_recipe
+from transmla.recipe.yaml_limits import check_depth
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,6 +31,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         key, sign, value = override.partition("=")
         if not key or (not sign and not override.startswith("~")):
             raise RecipeError(override, "an override has the form key.sub=value")
+        check_depth(key, override)
         if value in groups.get(key, ()) or key[0] in "+~":
             chosen.append(override)
         else:
@@ -40,7 +42,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
                 )
             assigned.append(override)
     file = recipe_file(recipe)
-    check_file(file)
+    check_file(file, [override.partition("=")[0].lstrip("+~") for override in [*chosen, *assigned]])
 
     from transmla.recipe.hydra_tree import compose_tree  # Hydra, which takes half of a short command's time
 

@@ -144,7 +144,9 @@ class Evaluate(Section):
     tokens: Tokens = 90_112  # a dataset
     max_length: Window = 2048
     batch_size: Batch = 1
-    prompts: list[Prompt] = []  # text the exported model continues, greedily, for the report
+    prompts: Annotated[
+        list[Prompt], Field(max_length=1000)
+    ] = []  # text the exported model continues, greedily, for the report
     max_new_tokens: Length = 48
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100.0)] = (
         1.2  # small models go round in circles under greedy decoding

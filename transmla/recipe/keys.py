@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from transmla.errors import RecipeError
 from transmla.recipe.names import files_below
 from transmla.recipe.schema import Recipe
+from transmla.recipe.secrets import leaves
 from transmla.recipe.stages import STAGES
 from transmla.recipe.trainer_keys import RESERVED_TRAINER_KEYS, suggest, trainer_keys
 from transmla.recipe.writing import WRITINGS
@@ -19,6 +20,7 @@ from transmla.recipe.yaml_limits import read_tree
 
 KINDS: dict[str, dict[str, Any]] = {"recover": STAGES, "write": WRITINGS}
 HYDRAS_OWN = ("defaults", "hydra")
+MISSING = "???"  # OmegaConf's mark of a value that others must give
 LONGEST = 1000  # items of a list that are looked at; the schema looks at all
 
 
@@ -59,20 +61,27 @@ def _check_stage_key(parts: Sequence[str]) -> None:
             raise RecipeError(".".join(parts), f"is not a key of trl's SFTConfig{suggest(parts[3], types)}")
 
 
-def check_file(file: Path) -> None:
+def check_file(file: Path, given: Iterable[str] = ()) -> None:
     """Refuse a recipe's file that cannot be read, or names a key which no recipe has; and so for the files beside it
     that it builds on.
 
+    Args:
+        given: keys of the command line, which a file may leave to it as `???`.
+
     Raises:
-        RecipeError: with the nearest key that there is; the file is too large, too deep, or builds on itself.
+        RecipeError: with the nearest key that there is; the file is too large, too deep, builds on itself, or leaves a
+            value out.
     """
-    _check_file(file, ())
+    for path, value in leaves(_check_file(file, ())):
+        key = ".".join(map(str, path))
+        if value == MISSING and not any(key == name or key.startswith(f"{name}.") for name in given):
+            raise RecipeError(key, f"{MISSING} stands for a value that is missing; give one")
 
 
-def _check_file(file: Path, above: tuple[Path, ...]) -> None:
+def _check_file(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     tree = read_tree(file)
     if tree is None:
-        return  # the schema says what is missing
+        return {}  # the schema says what is missing
     if not isinstance(tree, dict):
         raise RecipeError("recipe", f"{file.name} holds no keys; a recipe is a mapping, key: value")
     _check_tree({key: value for key, value in tree.items() if key not in HYDRAS_OWN}, Recipe, "")
@@ -83,6 +92,7 @@ def _check_file(file: Path, above: tuple[Path, ...]) -> None:
             _check_file(other, (file, *above))
         else:
             read_tree(other)
+    return tree
 
 
 def _check_tree(tree: dict[str, Any], section: Any, prefix: str) -> None:

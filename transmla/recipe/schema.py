@@ -101,7 +101,7 @@ class Verify(Section):
     """The reload check of an export: stock transformers against the recovered student."""
 
     # max |difference of log-probabilities|; None: from the dtype
-    tolerance: Annotated[Number, Field(ge=1e-7, le=10.0)] | None = None
+    tolerance: Annotated[Number, Field(ge=1e-12, le=10.0)] | None = None
     tokens: Annotated[Whole, Field(gt=0, le=2**20)] = 256
 
 
@@ -114,6 +114,9 @@ class Export(Section):
     layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
     max_shard_size: ShardSize = "5GB"
     verify: Verify = Verify()
+
+
+MOST = 100  # stages, and texts to write
 
 
 class Recipe(Section):
@@ -130,9 +133,11 @@ class Recipe(Section):
     threads: Annotated[Whole, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     dry_run: bool = False
     model: ModelSource
-    write: list[AnyWriting] = []  # text that the teacher writes before anything else, `@NAME` in a list of data
+    write: Annotated[
+        list[AnyWriting], Field(max_length=MOST)
+    ] = []  # text that the teacher writes before anything else, `@NAME` in a list of data
     convert: Convert
-    recover: list[AnyStage] = []
+    recover: Annotated[list[AnyStage], Field(max_length=MOST)] = []
     evaluate: Evaluate
     export: Export = Export()
     # Values that stand as an interpolation in the file, as they stand there, by their place in the tree.

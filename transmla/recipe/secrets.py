@@ -15,7 +15,7 @@ KEY = re.compile(
     r"|password|passwd|secret|credential|(api|access|private)_?key"
 )
 VARIABLE = re.compile(r"(?i)(^|_)(token|secret|password|passwd|credentials?|(api|access|private)_?key)(_|$)")
-FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*([^},\s]+)")
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^},\s'\"]+)")
 SHORTEST = 8  # letters of a secret; a shorter value stands in many words
 
 ADVICE = "a recipe is saved with every result; leave it to the environment (HF_TOKEN, hf auth login)"

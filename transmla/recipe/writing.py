@@ -36,7 +36,7 @@ class Problems(Section):
 
     data: PathText | None = None
     generator: str | None = None
-    size: Annotated[Whole, Field(gt=0, le=10**6)] = 500
+    size: Annotated[Whole, Field(gt=0, le=10**5)] = 500
     seed: Seed = 0
     config: dict[str, Any] = {}
     system: str | None = None

@@ -10,10 +10,24 @@ import yaml
 from transmla.errors import RecipeError
 
 LARGEST = 2**18  # bytes of a file; the shipped recipes have a few thousand
-NODES = 10_000  # values and lists, every alias counted with all that it stands for
+NODES = 5_000  # values and lists, every alias counted with all that it stands for
 DEPTH = 40
 
 NOT_YAML = "is not valid YAML"
+
+
+def check_depth(key: str, text: str) -> None:
+    """Refuse lists and mappings of the command line that are nested without sense: Hydra reads them by recursion.
+
+    Raises:
+        RecipeError: they are.
+    """
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        deepest = max(deepest, depth)
+    if deepest > DEPTH:
+        raise RecipeError(key, f"it is nested too deeply; use at most {DEPTH} levels")
 
 
 def read_tree(file: Path) -> Any:
@@ -40,11 +54,21 @@ def read_tree(file: Path) -> Any:
             _check_size(node, file.name)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError("recipe", f"{file.name} {NOT_YAML}: {' '.join(str(error).split())}") from None
+        raise RecipeError("recipe", f"{file.name} {NOT_YAML}: {_what_and_where(error)}") from None
     except RecursionError:  # of PyYAML's own, before the depth can be counted
         raise RecipeError("recipe", f"{file.name} is nested too deeply; use at most {DEPTH} levels") from None
+    except RecipeError:
+        raise
     except ValueError as error:  # a date such as 2024-99-99
         raise RecipeError("recipe", f"{file.name} {NOT_YAML}: {' '.join(str(error).split())}") from None
+
+
+def _what_and_where(error: yaml.YAMLError) -> str:
+    """An error of PyYAML without the line that it quotes, which may hold anything."""
+    parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f" (line {mark.line + 1})"
+    return (" ".join(str(part) for part in parts if part) or type(error).__name__) + where
 
 
 def _check_size(root: yaml.Node, name: str) -> None:

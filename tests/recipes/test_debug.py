@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,18 @@ def test_models_of_other_settings_are_left_out(finished: Path, tmp_path, capsys)
     assert sum("unchanged" in line for line in labels) == 1  # the teacher's
     quality = json.loads((out / "report.json").read_text())["quality"]
     assert list(quality) == ["teacher", "converted", "recovered", "exported"]
+
+
+def test_room_beside_what_is_replaced(finished: Path, capsys, monkeypatch, tmp_path) -> None:
+    """Old models are there until the new ones are whole: what they take cannot be counted for the new ones."""
+    shutil.copytree(finished, out := tmp_path / "debug")
+    there = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    model = (out / "converted" / "model.safetensors").stat().st_size
+    free = namedtuple("usage", "total used free")(there, 0, model // 2)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    words = [f"recover.{index}.trainer.save_strategy=no" for index in (0, 1)]
+    assert main([*COMMAND, f"output_dir={out}", *words, "convert.refit=false", "seed=1"]) == 2
+    assert "error: output_dir: " in capsys.readouterr().err
 
 
 def test_a_failed_check_publishes_nothing(finished: Path, tmp_path, capsys) -> None:

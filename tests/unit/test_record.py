@@ -208,7 +208,7 @@ def test_the_command(tmp_path, capsys, monkeypatch) -> None:
         "device=cpu",
         f"output_dir={tmp_path}/out",
         "recover.1.teacher=recorded",
-        "recover.1.record.top_k=260",
+        "recover.1.record.top_k=500",
     ]
     with monkeypatch.context() as patch:
         patch.setattr(

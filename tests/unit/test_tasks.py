@@ -228,6 +228,21 @@ def test_broken_files(content: bytes, reason: str, tmp_path) -> None:
         read_questions(ChoiceTask(path=str(tmp_path / "none.jsonl")), "evaluate.tasks.0")
 
 
+@pytest.mark.parametrize("choices", ['[" a", " a"]', '[" a", "a ", " b"]'])
+def test_equal_choices(choices: str, tmp_path) -> None:
+    file = tmp_path / "q.jsonl"
+    good = '{"ctx": "x", "choices": [" a", " b"], "gold": 0}\n'
+    file.write_text(good + f'{{"ctx": "x", "choices": {choices}, "gold": 0}}\n' + good)
+    with pytest.raises(RecipeError, match="line 2 .*two of its choices are the same text"):
+        read_questions(ChoiceTask(path=str(file), limit=1), "evaluate.tasks.0")
+
+
+def test_a_mark_before_the_first_line(tmp_path) -> None:
+    file = tmp_path / "q.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b'{"ctx": "x", "choices": [" a", " b"], "gold": 0}\n')
+    assert read_questions(ChoiceTask(path=str(file)), "evaluate.tasks.0")[0].ctx == "x"
+
+
 def test_names_of_tasks() -> None:
     assert [
         ChoiceTask.model_validate(entry).label

@@ -10,7 +10,7 @@ from transmla.recipe.model_source import ModelSource
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import other_teacher
 
-LAYERS = 1000
+LAYERS = 512
 HEADS = 2**16
 DIMENSION = 2**22
 LARGEST = 2**31  # any other number

@@ -9,6 +9,7 @@ from transmla.hardware import require_disk
 from transmla.plan.disk import Made, bytes_by_artifact, peak_of
 from transmla.run.artifacts import current
 from transmla.run.context import Run
+from transmla.run.lineage import students_to_make
 
 
 def check_room(run: Run) -> None:
@@ -21,14 +22,10 @@ def check_room(run: Run) -> None:
 
 
 def _to_make(run: Run) -> Iterator[Made]:
-    """What is not current, in the order in which it is made."""
+    """What is to be made, in this order."""
     sizes, paths, digests = run.prepared.sizes, run.paths, run.digests
     needed = bytes_by_artifact(run.recipe, sizes, run.prepared.config, run.dtype)
-    last = len(run.recipe.recover) - 1
-    first = last + 1  # after the newest student that is still good
-    while first > -1 and not current(run, paths.stage(first - 1), digests.stage(first - 1)):
-        first -= 1
-    for index in range(first, last + 1):
+    for index in sorted(students_to_make(run)):
         checkpoints = max(0, needed.checkpoints[index] - _size(paths.checkpoints(index))) if index >= 0 else 0
         yield Made(needed.model, old=_size(paths.stage(index)), beside=checkpoints)
     if not current(run, paths.exported, digests.export):

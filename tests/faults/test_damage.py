@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.recipe import contents, save
-from tests.unit.test_files import DAMAGES, empty, half
+from tests.unit.test_files import DAMAGES, empty, flip
 from transmla.cli import main
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.run import pipeline
@@ -81,8 +81,9 @@ CHECKPOINT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pt
 CHECKPOINT += ["config.json", "training_args.bin", "manifest.json", "../fingerprint"]
 
 
-@pytest.mark.parametrize("change", DAMAGES)
-@pytest.mark.parametrize("name", CHECKPOINT)
+@pytest.mark.parametrize(
+    ("name", "change"), [*((name, flip) for name in CHECKPOINT), *((CHECKPOINT[1], change) for change in DAMAGES)]
+)
 def test_a_checkpoint(name: str, change, stopped: Path, again) -> None:
     again(stopped, lambda out: change(out / LAST / name), whole=False)
 
@@ -102,7 +103,7 @@ ARTIFACTS = [
     "converted/manifest.json",
     "stages/0_layerwise/model.safetensors",
     "stages/1_distill/config.json",
-    "recovered/transmla.json",
+    "stages/2_distill/transmla.json",
     "recovered/model.safetensors",
     "written/own/data.jsonl",
     "written/own/data.yaml",
@@ -110,10 +111,14 @@ ARTIFACTS = [
 
 
 @pytest.mark.parametrize("change", DAMAGES)
-@pytest.mark.parametrize("name", ARTIFACTS)
-def test_an_artifact(name: str, change, finished: Path, again) -> None:
-    """All of them are there; and the last student is missing, so that what it is made of is read."""
-    again(finished, lambda out: change(out / name), whole=False)
+def test_artifacts(change, finished: Path, again) -> None:
+    """The last student is among them, so that what it is made of is read."""
+
+    def damage(out: Path) -> None:
+        for name in ARTIFACTS:
+            change(out / name)
+
+    again(finished, damage, whole=False)
 
 
 READ = [
@@ -146,13 +151,17 @@ FINAL += ["evaluation/teacher/sample_heldout.safetensors", "evaluation/exported/
 
 
 @pytest.mark.parametrize("change", DAMAGES)
-@pytest.mark.parametrize("name", FINAL)
-def test_what_a_run_ends_with(name: str, change, finished: Path, again) -> None:
-    again(finished, lambda out: change(out / name), whole=True)
+def test_what_a_run_ends_with(change, finished: Path, again) -> None:
+    def damage(out: Path) -> None:
+        for name in FINAL:
+            change(out / name)
+
+    again(finished, damage, whole=True)
 
 
-@pytest.mark.parametrize("change", [Path.unlink, empty, half])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("name", "change"), [("config.json", Path.unlink), ("tokenizer.json", empty), ("model.safetensors", flip)]
+)
 def test_the_cached_source(name: str, change, finished: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRANSMLA_CACHE", str(tmp_path / "cache"))
     save(tmp_path)

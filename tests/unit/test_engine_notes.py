@@ -10,13 +10,16 @@ LLAMA3 = "{rope_type: llama3, rope_theta: 1e4, factor: 8.0, low_freq_factor: 1.0
 CASES = {
     "plain": ([], ["do not run it in float16"]),
     "norm": (["convert.latent_norm=true"], []),
-    "biases": (["model.config.model_type=qwen2"], ["biases on queries, keys and values", "do not run it in float16"]),
+    "biases": (
+        ["model.config.model_type=qwen2", "~model.config.head_dim"],
+        ["biases on queries, keys and values", "do not run it in float16"],
+    ),
     "llama3": ([f"model.config.rope_parameters={LLAMA3}"], ["llama3 scaling", "do not run it in float16"]),
     "linear": (
         ["model.config.rope_parameters={rope_type: linear, rope_theta: 1e4, factor: 2.0}"],
         ["linear scaling", "do not run it in float16"],
     ),
-    "own class": (["export.format=student", "model.config.model_type=qwen2"], []),
+    "own class": (["export.format=student", "model.config.model_type=qwen2", "~model.config.head_dim"], []),
 }
 
 

@@ -72,7 +72,7 @@ def tree(data: list, calibration: list) -> dict:
 @pytest.mark.parametrize(
     "entry,key,reason",
     [
-        ({"name": "a", "weight": 0.0}, "recover.0.data.0.weight", "greater than 0"),
+        ({"name": "a", "weight": 0.0}, "recover.0.data.0.weight", "greater than or equal to 0"),
         ({"name": "a", "wieght": 0.5}, "recover.0.data.0.wieght", "did you mean weight"),
         ({"weight": 0.5}, "recover.0.data.0.name", "required"),
         ({"name": "a", "weight": 0.5}, "recover.0.data", "b has none"),

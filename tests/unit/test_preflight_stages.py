@@ -21,7 +21,7 @@ def test_a_compiled_stage_needs_a_compiler(monkeypatch) -> None:
 
 
 def test_a_teacher_that_is_not_there() -> None:
-    assert refused(["recover.1.teacher={source: ./no/such/model}"]).startswith("recover.1.teacher: ")
+    assert refused(["recover.1.teacher={source: ./no/such/model}"]).startswith("recover.1.teacher.source: ")
 
 
 def test_a_wrong_word_for_the_teacher() -> None:

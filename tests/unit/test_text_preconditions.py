@@ -30,7 +30,7 @@ def run_of(tmp_path, monkeypatch, capsys) -> Run:
             file = source / "tokenizer_config.json"
             settings = json.loads(file.read_text())
             file.write_text(json.dumps({key: value for key, value in settings.items() if key != "eos_token"}))
-        monkeypatch.setattr("transmla.run.context.load_model", lambda *_: pytest.fail("weights were loaded"))
+        monkeypatch.setattr("transmla.run.context.load_source", lambda *_: pytest.fail("weights were loaded"))
         words = [f"model.source={source}", f"output_dir={tmp_path}/out", "device=cpu", "~model.config", *overrides]
         assert main([verb, "recipe=debug", *words]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]

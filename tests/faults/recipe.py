@@ -59,5 +59,5 @@ def contents(out: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256(file.read_bytes()).hexdigest()
         for name, file in found.items()
-        if not name.startswith("checkpoints") and ".partial" not in name
+        if not name.startswith(("checkpoints", "logs")) and ".partial" not in name
     }

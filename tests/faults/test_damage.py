@@ -175,18 +175,19 @@ def test_the_cached_source(name: str, change, finished: Path, tmp_path, monkeypa
         assert contents(tmp_path / "out")["converted/model.safetensors"] == wanted
 
 
-def test_links_and_files_in_the_way(finished: Path, again, tmp_path) -> None:
-    """Nothing outside the output directory is touched."""
+def test_files_and_links_in_the_way(finished: Path, again, tmp_path) -> None:
+    """What links lead to is not touched."""
 
     def change(out: Path) -> None:
-        shutil.move(out / "converted", tmp_path / "elsewhere")
-        (tmp_path / "elsewhere" / "transmla.json").unlink()
-        (out / "converted").symlink_to(tmp_path / "elsewhere")
+        shutil.move(out / "converted", out / "logs")
+        (out / "logs" / "transmla.json").unlink()
+        (out / "converted").symlink_to(out / "logs")
         shutil.rmtree(out / "exported")
         (out / "exported").write_text("a file")
-        (tmp_path / "other").mkdir()
-        (out / ".partial-exported").symlink_to(tmp_path / "other")
+        (out / ".partial-exported").symlink_to(out / "figures")
 
-    again(finished, change, whole=True)
-    assert (tmp_path / "elsewhere" / "model.safetensors").is_file() and (tmp_path / "other").is_dir()
-    assert not (tmp_path / "run" / "out" / "converted").is_symlink()
+    again(finished, change, whole=False)
+    out = tmp_path / "run" / "out"
+    assert not (out / "converted").is_symlink() and (out / "logs" / "model.safetensors").is_file()
+    assert main(["export", *COMMAND]) == 0
+    assert (out / "exported" / "model.safetensors").is_file() and (out / "figures" / "loss.png").is_file()

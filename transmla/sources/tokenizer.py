@@ -97,6 +97,6 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Pat
         number, token = beyond[0]
         raise RecipeError(
             key,
-            f"the tokenizer of {folder} has {len(beyond)} tokens that the model does not know ({token!r} is number "
+            f"the tokenizer of {folder} has {len(beyond)} token{'s' * (len(beyond) != 1)} that the model does not know ({token!r} is number "
             f"{number}, the model has {rows}); {FROM_ORIGINAL}, or resize the model's embedding",
         )

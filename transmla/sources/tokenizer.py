@@ -95,8 +95,9 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Pat
     )
     if beyond:
         number, token = beyond[0]
+        count = f"{len(beyond)} token{'s' * (len(beyond) != 1)}"
         raise RecipeError(
             key,
-            f"the tokenizer of {folder} has {len(beyond)} token{'s' * (len(beyond) != 1)} that the model does not know ({token!r} is number "
-            f"{number}, the model has {rows}); {FROM_ORIGINAL}, or resize the model's embedding",
+            f"the tokenizer of {folder} has {count} that the model does not know ({token!r} is number {number}, the "
+            f"model has {rows}); {FROM_ORIGINAL}, or resize the model's embedding",
         )

@@ -11,7 +11,7 @@ from transmla.sources.config import read_config
 from transmla.sources.config_values import skeleton
 from transmla.sources.generation import read_generation
 from transmla.sources.kinds import kind_of
-from transmla.sources.tokenizer import load_tokenizer
+from transmla.sources.tokenizer import check_tokenizer
 from transmla.sources.weights import check_weights
 
 
@@ -39,5 +39,5 @@ def check_folder(folder: Path, key: str) -> PretrainedConfig:
     config = read_config(folder, key)
     read_generation(folder, config, key)
     check_weights(folder, config, key)
-    load_tokenizer(folder, key)
+    check_tokenizer(folder, key)
     return config

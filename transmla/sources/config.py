@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def source_config(section: ModelSource, key: str = "model") -> PretrainedConfig:
         folder = Path(section.source).expanduser()
         if not folder.is_dir():
             raise RecipeError(f"{key}.source", f"no such directory: {section.source}; correct the path")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise RecipeError(f"{key}.source", f"you may not read {section.source}; change its permissions")
         config = read_config(folder, f"{key}.source")
         check_facts(section, config, key)
         return config

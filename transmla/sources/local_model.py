@@ -15,7 +15,7 @@ from transmla.sources.config import read_config
 from transmla.sources.file_digests import read_digests
 from transmla.sources.generation import read_generation
 from transmla.sources.kinds import cache_folder
-from transmla.sources.weight_values import check_values
+from transmla.sources.weight_values import check_numbers
 from transmla.sources.weights import misfit, read_headers
 
 
@@ -40,7 +40,7 @@ def load_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model
     config = read_config(folder, key)
     if folder.parent == cache_folder() and (folder / MANIFEST).is_file() and (found := damage(folder, read_digests)):
         raise RecipeError(key, f"{folder} is damaged: {found}; delete it, the next run makes it again")
-    check_values(folder, config, dtype, key)
+    check_numbers(folder, config, dtype, key)
     return _load(folder, config, dtype, device, key, generation_config=read_generation(folder, config, key))
 
 

@@ -35,11 +35,15 @@ def require_content(file: Path) -> None:
     Raises:
         DamagedFileError: it is not, or is one.
     """
-    if not file.is_file():
-        raise DamagedFileError(f"{file} is not there")
-    with file.open("rb") as content:
-        if content.read(len(POINTER)) == POINTER:
-            raise DamagedFileError(f"{file} is a pointer of Git LFS, not the file itself (git lfs pull fetches it)")
+    try:
+        with file.open("rb") as content:
+            start = content.read(len(POINTER))
+    except FileNotFoundError:
+        raise DamagedFileError(f"{file} is not there") from None
+    except OSError as error:  # a folder, or somebody else's
+        raise DamagedFileError(f"{file} cannot be read: {error.strerror}") from None
+    if start == POINTER:
+        raise DamagedFileError(f"{file} is a pointer of Git LFS, not the file itself (git lfs pull fetches it)")
 
 
 def read_header(file: Path) -> dict[str, Stored]:

@@ -18,12 +18,25 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 FROM_ORIGINAL = "copy the tokenizer's files from the model that it belongs to"
 
 
-def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. key: for errors.
+_checked: dict[Path, PreTrainedTokenizerBase] = {}  # a large one takes seconds to read
+
+
+def check_tokenizer(folder: Path, key: str) -> None:
+    """Read the tokenizer of a model directory, and keep it until `load_tokenizer` asks for it. key: for errors.
 
     Raises:
         RecipeError: there is none that can be read, it is code of the repository, or has tokens beyond the model's.
     """
+    _checked[folder] = _read(folder, key)
+
+
+def load_tokenizer(folder: Path, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory; errors as of `check_tokenizer`."""
+    checked = _checked.pop(folder, None)
+    return _read(folder, key) if checked is None else checked
+
+
+def _read(folder: Path, key: str) -> PreTrainedTokenizerBase:
     _check_files(folder, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -82,8 +95,9 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Pat
     )
     if beyond:
         number, token = beyond[0]
+        count = f"{len(beyond)} token{'s' * (len(beyond) != 1)}"
         raise RecipeError(
             key,
-            f"the tokenizer of {folder} has {len(beyond)} tokens that the model does not know ({token!r} is number "
-            f"{number}, the model has {rows}); {FROM_ORIGINAL}, or resize the model's embedding",
+            f"the tokenizer of {folder} has {count} that the model does not know ({token!r} is number {number}, the "
+            f"model has {rows}); {FROM_ORIGINAL}, or resize the model's embedding",
         )

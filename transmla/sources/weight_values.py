@@ -15,7 +15,7 @@ from transmla.sources.weights import AGAIN, listed, weight_files
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def check_values(folder: Path, config: PretrainedConfig, dtype: torch.dtype, key: str) -> None:
+def check_numbers(folder: Path, config: PretrainedConfig, dtype: torch.dtype, key: str) -> None:
     """Check every weight of a directory. dtype: what they will be stored in. key: for errors.
 
     Raises:

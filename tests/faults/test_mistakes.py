@@ -134,6 +134,8 @@ MISTAKES = {
     "a token": ([T + "hub_token=hf_0123456789abcdef"], T + "hub_token", "HF_TOKEN"),
     "a secret of the environment": (["name=${oc.env:MY_SECRET}"], "name", "MY_SECRET"),
     "the value of one": (["evaluate.prompts=['open sesame now']"], "evaluate.prompts.0", "MY_SECRET"),
+    "a source without end": ([f"model.source=./{'x' * 300}"], "model.source", "255 bytes"),
+    "a fact that is misspelt": (["model.config.hiden_size=64"], "model.config.hiden_size", "hidden_size"),
     "credentials in a source": (["model.source='https://me:password@host/x'"], "model.source", "credentials"),
     "a token in a text": (["model.revision=hf_0123456789abcdef"], "model.revision", "token"),
     # YAML

@@ -12,9 +12,11 @@ from transformers import LlamaConfig
 from transmla.errors import RecipeError
 from transmla.plan.disk import Made, bytes_by_artifact, peak_of
 from transmla.plan.memory import Sizes, step_memory, training_memory
+from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import OWN, check_output_folder, output_folder
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.folder_name import as_folder_name, check_folder_name, check_path
+from transmla.recipe.names import recipe_names
 from transmla.recipe.yaml_limits import NODES, read_tree
 from transmla.run.paths import Paths
 
@@ -124,3 +126,10 @@ def test_a_kept_teacher_leaves_room_for_a_step_alone() -> None:
     weights = training_memory(stage, sizes, config, torch.bfloat16) - step_memory(stage, sizes, config, torch.bfloat16)
     trained = sizes.trained(stage)
     assert weights >= 2 * sizes.source + 2 * trained
+
+
+def test_facts_of_every_shipped_model_are_known() -> None:
+    for name in recipe_names():
+        check_facts_of_recipe(load_recipe(name))
+    with pytest.raises(RecipeError, match=r"model.config.hiden_size: no such fact \(did you mean hidden_size\?\)"):
+        check_facts_of_recipe(load_recipe("debug", ["model.config.hiden_size=64"]))

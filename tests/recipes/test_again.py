@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import quickly
 from tests.unit.test_files import flip, half
 from transmla.cli import main
 from transmla.recipe.names import share
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "out"
-    assert main(["recover", f"recipe={recipes}/long.yaml", "device=cpu", f"output_dir={out}"]) == 0
+    with quickly():
+        assert main(["recover", f"recipe={recipes}/long.yaml", "device=cpu", f"output_dir={out}"]) == 0
     return out
 
 

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.numerics.test_families import GEMMA2, GEMMA3, GEMMA3_ROPE
 from transmla.cli import main
-from transmla.export.fresh_process import score
 from transmla.recipe.names import share
 
 FAMILIES = {
@@ -37,13 +36,6 @@ def write_recipe(family: str, folder: Path) -> Path:
     file = folder / "family.yaml"
     file.write_text(yaml.safe_dump(tree))
     return file
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figures and no fresh process for the reload check; tests/recipes/test_debug.py has both."""
-    monkeypatch.setattr("transmla.report.render.plot_figures", lambda *args: None)
-    monkeypatch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma2"])

@@ -7,6 +7,8 @@ import pytest
 
 from transmla.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 COMMON = ["recipe=debug", "device=cpu", "dtype=float32", "recover.1.tokens=1024"]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from transmla.measure.attention_taps import Tap, logit_errors, tapped
+from transmla.modeling.kernels.packed import DOCUMENTS
 from transmla.modeling.student import rotation
 
 
@@ -119,6 +120,7 @@ def _attentions_on_the_teachers_stream(teacher, student, batch, errors: _Errors)
                 kwargs["hidden_states"].detach(),
                 position_embeddings=rotation(index),
                 attention_mask=kwargs["attention_mask"],
+                **{key: kwargs[key] for key in DOCUMENTS if key in kwargs},
             )
             errors.add(index, own, expected[0])
             errors.add_logits(index, student.model.layers[index].self_attn, teacher.model.layers[index].self_attn)

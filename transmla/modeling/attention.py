@@ -11,7 +11,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transmla.modeling.config_facts import sliding_window_of
 from transmla.modeling.kernels.dispatch import attend
 from transmla.modeling.kernels.eager import eager_attention
-from transmla.modeling.kernels.one_query import ONE_QUERY, one_query
+from transmla.modeling.kernels.one_query import ONE_QUERY, one_latent_query
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class MLAAttention(nn.Module):
         widths = [self.qk_nope_head_dim, self.v_head_dim]
         up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(widths, dim=1)
         query = torch.einsum("bhtn,hnr->bhtr", q_nope, up_key)
-        summed = one_query([(query, latent), (q_rope, k_rope)], latent, mask, self.scaling)
+        summed = one_latent_query(query, q_rope, latent, k_rope, mask, self.scaling)
         out = torch.einsum("bhtr,hvr->bhtv", summed, up_value)
         if self.kv_b_proj.bias is not None:
             out = out + self.kv_b_proj.bias.unflatten(0, (self.num_heads, -1))[:, None, self.qk_nope_head_dim :]

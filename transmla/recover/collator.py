@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from transmla.modeling.kernels.packed import boundaries, plan_of
 
 
 class CountingCollator:
@@ -12,16 +16,20 @@ class CountingCollator:
 
     It adds `kept` [n], the positions that are scored (`kept_positions`), and leaves out an attention mask that masks
     nothing. Asked of the device, their number and `mask.all()` would each stop the CPU until every kernel is done, and
-    the device would then be idle until the next ones are launched.
+    the device would then be idle until the next ones are launched. For the same reason the boundaries of packed
+    documents are found here, where attention goes by them (`packed`), and what its kernel is chosen by.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Tensor]]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[[list], dict[str, Tensor]], *, packed: bool = False) -> None:
+        self.collator, self.packed = collator, packed
 
-    def __call__(self, rows: list) -> dict[str, Tensor]:
-        batch = dict(self.collator(rows))
+    def __call__(self, rows: list) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(self.collator(rows))
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
+        if self.packed:
+            bounds = boundaries(batch["position_ids"])
+            batch |= {"document_bounds": bounds, "document_plan": plan_of(bounds)}
         return batch | {"kept": kept_positions(batch["labels"])}
 
 
@@ -41,6 +49,13 @@ def kept_of(values: Tensor, kept: Tensor) -> Tensor:
     return flat if len(kept) == len(flat) else flat.index_select(0, kept)
 
 
-def trunk_inputs(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a collated batch that a model's trunk takes."""
-    return {key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs}
+def trunk_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The part of a collated batch that a model's trunk takes, boundaries of packed documents included."""
+    batch: dict[str, Tensor] = {}
+    for key in ("input_ids", "attention_mask", "position_ids"):
+        if key in inputs:
+            batch[key] = inputs[key]
+    if "document_plan" in inputs:
+        batch["document_bounds"] = inputs["document_bounds"]
+        batch["document_plan"] = torch.tensor(inputs["document_plan"])  # a trainer would have moved a tensor
+    return batch

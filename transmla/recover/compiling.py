@@ -14,14 +14,19 @@ def _pieces(model: PreTrainedModel, kind: str) -> list[nn.Module]:
     return list(model.model.layers)
 
 
-def compile_layers(student: PreTrainedModel, teacher: PreTrainedModel | None, kind: str) -> None:
+def compile_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, kind: str, *, any_length: bool = False
+) -> None:
     """Compile every layer's `forward` in place: one graph for all layers of a model; weights and names stay.
+
+    Args:
+        any_length: the rows differ in length: one graph for all of them, which costs a little.
 
     Not `nn.Module.compile`: that compiles the call with its hooks, and all modules share that function's few graphs.
     """
     for model in (student, teacher):
         for piece in [] if model is None else _pieces(model, kind):
-            piece.forward = torch.compile(piece.forward, dynamic=False)
+            piece.forward = torch.compile(piece.forward, dynamic=any_length)
 
 
 def plain_layers(*models: PreTrainedModel | None) -> None:

@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
+from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
@@ -30,8 +31,8 @@ from transmla.recover.teachers.kept import TeacherStates
 from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
 # Packed rows keep documents apart in attention; long documents are split, not cut off. Packed rows of one micro-batch
-# are one long row to the attention mask.
-PACKED: dict[str, Any] = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
+# are one long row to attention.
+PACKING: dict[str, Any] = {"packing": True, "packing_strategy": "bfd_split", "shuffle_dataset": True}
 
 
 class _Progress(TrainerCallback):
@@ -64,7 +65,7 @@ def trainer_config(
     """trl's own configuration object for a stage. kind: its class, or one derived from it."""
     return kind(
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
-        **(DEFAULTS | PACKED | stage.trainer),
+        **(DEFAULTS | PACKING | stage.trainer),
     )
 
 
@@ -150,12 +151,31 @@ def build_trainer(
     if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1:
         assert isinstance(trainer, DistillTrainer)
         _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
+    _attend_by_documents(trainer, stage)
     if stage.compile:
-        compile_layers(student, teacher, stage.kind)
+        compile_layers(student, teacher, stage.kind, any_length=trainer.batches.packed)
         if "dataloader_drop_last" not in stage.trainer:
             _only_whole_batches(trainer)
     trainer.add_callback(_Progress(trainer))
     return trainer
+
+
+def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | Sft) -> None:
+    """Let attention over packed documents go by their boundaries where its kernels can, not by a mask."""
+    config, models = trainer.args, [model for model in (trainer.student, trainer.teacher) if model is not None]
+    if not trainer.padding_free:
+        return
+    assert config.max_length is not None
+    dtype = torch.bfloat16 if config.bf16 else trainer.student.dtype
+    reasons = [needs_mask(model.config, config.max_length, dtype, config.device) for model in models]
+    if stage.kind == "layerwise" and stage.logits:
+        reasons.append("the loss compares attention's logits")
+    why = next((reason for reason in reasons if reason is not None), None)
+    if why is None:
+        for model in models:
+            model.config._attn_implementation = PACKED
+        trainer.batches.packed = True
+    trainer.attention = kernels_there(config.device) if why is None else f"a mask: {why}"
 
 
 def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:
@@ -191,7 +211,8 @@ def run_stage(
         key: of the stage in the recipe, for errors.
 
     Returns:
-        tokens seen and the log: loss, learning rate, tokens per second by step.
+        tokens seen and the log: loss, learning rate, tokens per second by step; what computed attention over packed
+        documents.
 
     Raises:
         RecipeError: training was stopped before its end, or its loss or weights are not finite.
@@ -199,6 +220,9 @@ def run_stage(
     train_to_the_end(trainer, checkpoint, key)
     student = trainer.student
     del student.forward  # back to the class's own
+    for model in (student, trainer.teacher):
+        if model is not None and model.config._attn_implementation == PACKED:
+            model.config._attn_implementation = "sdpa"
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
     for mark in ("_is_accelerate_prepared", "_original_forward"):
         vars(student).pop(mark, None)
@@ -212,4 +236,5 @@ def run_stage(
     require_finite(student, key)
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
-    return {"tokens": tokens, "log": log, "resumed_from": None if checkpoint is None else str(checkpoint)}
+    result = {"tokens": tokens, "log": log, "resumed_from": None if checkpoint is None else str(checkpoint)}
+    return result if trainer.attention is None else result | {"packed_attention": trainer.attention}

@@ -65,9 +65,11 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self._clock: tuple[float, float] | None = None
         self.student = model  # inside peft's wrapper, where there is one
         self.peft_config = kwargs.get("peft_config")
-        self.data_collator = CountingCollator(self.data_collator)
+        self.batches = CountingCollator(self.data_collator)
+        self.data_collator = self.batches
         self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
         self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
+        self.attention: str | None = None  # over packed documents, for the report
         install_objective(model, self.objective)
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,46 @@ def one_query(parts: Sequence[tuple[Tensor, Tensor]], value: Tensor, mask: Tenso
         logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask
     weights = torch.softmax(logits, dim=-1).to(value.dtype).view(batch * groups, -1, length)
     return torch.bmm(weights, value.flatten(0, 1)).view(batch, -1, 1, value.shape[-1])
+
+
+def one_latent_query(
+    query: Tensor, rope_query: Tensor, latent: Tensor, rope_key: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """`one_query` over a cached latent, whose values are the latents themselves; on a GPU by a kernel that reads the
+    cache once.
+
+    Args:
+        query, rope_query: [B, H, 1, R] and [B, H, 1, P]. latent, rope_key: [B, 1, S, R] and [B, 1, S, P].
+        mask, scaling: as in `one_query`.
+
+    Returns:
+        [B, H, 1, R].
+    """
+    tensors = (query, rope_query, latent, rope_key)
+    if _kernel_takes(*tensors) and (mask is None or mask.shape[1:3] == (1, 1)):
+        from transmla.modeling.kernels.latent_query import latent_query
+
+        hidden = None if mask is None else mask[:, 0, 0]
+        if hidden is not None and hidden.dtype == torch.bool:
+            hidden = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(~hidden, -torch.inf)
+        return latent_query(query[:, :, 0], rope_query[:, :, 0], latent[:, 0], rope_key[:, 0], hidden, scaling)[
+            :, :, None
+        ]
+    return one_query([(query, latent), (rope_query, rope_key)], latent, mask, scaling)
+
+
+def _kernel_takes(*tensors: Tensor) -> bool:
+    """Whether the kernel computes this: on a GPU that has it, in one 16-bit format, and no gradient is asked for."""
+    query, rope_query, latent, _ = tensors
+    if not query.is_cuda or find_spec("triton") is None:
+        return False
+    if len({tensor.dtype for tensor in tensors}) > 1 or any(tensor.stride(-1) != 1 for tensor in tensors[2:]):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    from transmla.modeling.kernels.latent_query import fits
+
+    return fits(query.shape[-1], rope_query.shape[-1], latent.dtype, latent.device)
 
 
 def _one_query_of_a_source(

@@ -1,0 +1,78 @@
+"""Attention over packed documents by their boundaries, against a mask in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.unit.test_recover import PLAIN, make_trainer
+from transmla.modeling.kernels.packed import LONG, PACKED, STEP, boundaries, packed_attention, plan_of
+from transmla.recover import stage as stage_module
+
+LENGTHS = [[7], [1], [1, 1, 1], [5, 1, 11, 3], [16, 16], [1, 30], [30, 1], [2] * 20]
+
+
+def positions(lengths: list[int]) -> torch.Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("heads, groups, wide, narrow", [(4, 4, 24, 16), (4, 2, 16, 16)])
+def test_every_document_sees_itself(lengths, heads, groups, wide, narrow) -> None:
+    tokens, bounds = sum(lengths), boundaries(positions(lengths))
+    shapes = ((1, heads, tokens, wide), (1, groups, tokens, wide), (1, groups, tokens, narrow))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (document[:, None] == document[None]) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    wanted = F.scaled_dot_product_attention(*inputs, seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    found, _ = packed_attention(
+        torch.nn.Identity(),
+        *inputs,
+        None,
+        scaling=0.3,
+        document_bounds=bounds,
+        document_plan=torch.tensor(plan_of(bounds)),
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(wanted)
+    for one, other in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_boundaries() -> None:
+    assert boundaries(positions([3, 1, 2])).tolist() == [0, 3, 4, 6]
+
+
+def test_without_boundaries() -> None:
+    states = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="boundaries"):
+        packed_attention(torch.nn.Identity(), states, states, states, None)
+
+
+def test_the_rule() -> None:
+    """Long documents, the mean over tokens, are for cuDNN; lengths are rounded up."""
+    assert plan_of(boundaries(positions([LONG, LONG]))) == (-(-LONG // STEP) * STEP, 1)
+    assert plan_of(boundaries(positions([LONG - 1] * 2)))[1] == 0
+    assert plan_of(boundaries(positions([1] * 500 + [8000]))) == (8192, 1)
+    assert plan_of(boundaries(positions([1]))) == (STEP, 0)
+
+
+@pytest.mark.parametrize("kind", ["layerwise", "distill", "sft"])
+def test_a_stage_learns_as_with_a_mask(kind: str, tmp_path, monkeypatch) -> None:
+    """Losses and weights of three steps; and the models are left with the kernel that they came with."""
+    found = []
+    for reason in (None, "for this test"):
+        monkeypatch.setattr(stage_module, "needs_mask", lambda *args, reason=reason: reason)
+        folder = tmp_path / str(reason)
+        folder.mkdir()
+        trainer = make_trainer(kind, folder, steps=3, batch=2, packing=True, **PLAIN)
+        models = [model for model in (trainer.student, trainer.teacher) if model is not None]
+        assert all((model.config._attn_implementation == PACKED) is (reason is None) for model in models)
+        result = stage_module.run_stage(trainer, torch.float32)
+        assert all(model.config._attn_implementation == "sdpa" for model in models)
+        assert ("a mask" in result["packed_attention"]) is (reason is not None)
+        losses = [line["loss"] for line in result["log"] if "loss" in line]
+        found.append((losses, torch.cat([value.flatten() for value in trainer.student.parameters()])))
+    (packed, weights), (masked, expected) = found
+    assert len(packed) == 3
+    torch.testing.assert_close(packed, masked, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,275 @@
+"""Softmax attention over packed documents: their boundaries say what is seen, there is no mask.
+
+On a GPU, in 16 bits, one of two kernels computes it: cuDNN's (package nvidia-cudnn-frontend) where there is much to do,
+FlashAttention-2 as PyTorch has it elsewhere and where that package is missing; on a CPU every document is computed by
+itself. `_by_cudnn` is the rule, docs/speed.md has the figures.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.modeling.kernels.fused import sdpa
+
+# Name among transformers' attention functions. No mask is registered under it, so a trunk makes none.
+PACKED = "transmla_packed"
+DOCUMENTS = ("document_bounds", "document_plan")  # what a trunk hands through to attention
+
+# Where cuDNN is faster on an H100: keys that lie in a query's document, the mean over queries; with values narrower
+# than keys, which FlashAttention has to widen, heads times tokens from which its longer way to a launch does not count.
+LONG, MANY = 1536, 2**17
+STEP = 512  # the longest document is rounded up to it: cuDNN makes a plan for every length
+
+
+def boundaries(positions: Tensor) -> Tensor:
+    """Where documents begin and end in a row that starts counting in each: [n + 1], int32.
+
+    Args:
+        positions: [1, T] on the CPU, zero where a document begins.
+    """
+    starts = (positions[0] == 0).nonzero()[:, 0]
+    assert len(starts) and starts[0] == 0, "a row begins with a document"
+    return torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
+
+
+def plan_of(bounds: Tensor) -> tuple[int, int]:
+    """What the choice of a kernel goes by: length of the longest document, rounded up, and whether documents are long.
+
+    Args:
+        bounds: on the CPU.
+    """
+    lengths = bounds.diff().double()
+    long = float(lengths.square().sum()) >= LONG * float(lengths.sum())
+    return -(-int(lengths.max()) // STEP) * STEP, int(long)
+
+
+def needs_mask(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why attention of this model over packed documents goes by a mask; None: by their boundaries.
+
+    Args:
+        tokens: of the longest document.
+        dtype: of products.
+    """
+    if config._attn_implementation != "sdpa":
+        return f"attention runs as {config._attn_implementation}"
+    if config.attention_dropout:
+        return "attention has dropout"
+    window = shortest_sliding_window(config)
+    if window is not None and window < tokens:
+        return f"a layer sees {window} tokens, documents have up to {tokens}"
+    if device.type == "cuda":
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"its kernels have no {str(dtype).removeprefix('torch.')}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "its kernels need compute capability 8.0"
+    elif device.type != "cpu":
+        return f"its kernels do not run on {device.type}"
+    return None
+
+
+def kernels_there(device: torch.device) -> str:
+    """For the log: what computes attention over packed documents on this device."""
+    if device.type == "cpu":
+        return "every document by itself"
+    if _has_cudnn(device):
+        return "cuDNN's kernel where there is much to do, FlashAttention's elsewhere"
+    return "FlashAttention's kernel"
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's frontend is there, its operators registered, on a card on which it was measured."""
+    if torch.cuda.get_device_capability(device) != (9, 0) or find_spec("cudnn") is None:
+        return False
+    try:
+        import_module("cudnn.sdpa.fwd.torch_op")
+    except ImportError:
+        return False  # a version without them
+    return True
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    document_bounds: Tensor | None = None,
+    document_plan: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """As transformers calls attention functions; every document of the one row sees itself, causally.
+
+    Args:
+        query: [1, H, T, E]. key: [1, G, T, E]. value: [1, G, T, V]; H divisible by G, V at most E.
+        document_bounds: as `boundaries` gives them, on the device.
+        document_plan: as `plan_of` gives it, [2], on the CPU, so that the choice of a kernel waits for nothing.
+
+    Returns:
+        [1, T, H, V].
+
+    Raises:
+        ValueError: no boundaries are given; without them the documents would see each other.
+    """
+    if document_bounds is None or document_plan is None or mask is not None:
+        raise ValueError(f"{PACKED} computes packed documents, by their boundaries and without a mask")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        wanted = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        rows = (states[0].transpose(0, 1).to(wanted) for states in (query, key, value))
+        return torch.ops.transmla.packed(*rows, document_bounds, document_plan, scaling)[0][None], None
+    return _by_document(query, key, value, document_bounds, scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+
+
+@torch.compiler.disable
+def _by_document(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scaling: float) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    ends = bounds.tolist()
+    pieces = [
+        sdpa(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, scaling, 0.0)
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    return torch.cat(pieces, dim=1)
+
+
+torch.library.define(
+    "transmla::packed",
+    "(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor plan, float scaling) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "transmla::packed_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, Tensor bounds, Tensor plan, "
+    "float scaling) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def _by_cudnn(query: Tensor, value: Tensor, long: int) -> bool:
+    """Whether cuDNN's kernel computes this: the rule."""
+    tokens, heads, width = query.shape
+    wanted = long or (value.shape[-1] < width and heads * tokens >= MANY)
+    return bool(wanted) and _has_cudnn(query.device)
+
+
+@torch.library.impl("transmla::packed", "CUDA")
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, plan: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """query [T, H, E], key [T, G, E], value [T, G, V] -> output [T, H, V], logarithms of the sums [H, T]."""
+    longest, long = plan.tolist()
+    if _by_cudnn(query, value, long):
+        out, logs = torch.ops.cudnn.sdpa_fwd(
+            query,
+            key,
+            value,
+            scaling,
+            is_causal=True,
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return out, logs[:, :, 0].T.contiguous()
+    width = value.shape[-1]
+    out, logs = torch.ops.aten._flash_attention_forward(
+        query, key, _widened(value, query), bounds, bounds, longest, longest, 0.0, True, False, scale=scaling
+    )[:2]
+    return out[..., :width].contiguous(), logs
+
+
+@torch.library.register_fake("transmla::packed")
+def _(query, key, value, bounds, plan, scaling):
+    tokens, heads, _ = query.shape
+    return query.new_empty(tokens, heads, value.shape[-1]), query.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@torch.library.impl("transmla::packed_backward", "CUDA")
+def _packed_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logs: Tensor,
+    bounds: Tensor,
+    plan: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    longest, long = plan.tolist()
+    if _by_cudnn(query, value, long):
+        padded = import_module("cudnn.sdpa.fwd.torch_op").thd_lse_to_padded
+        return torch.ops.cudnn.sdpa_bwd(
+            grad.contiguous(),
+            query,
+            key,
+            value,
+            out,
+            padded(logs.T.contiguous(), bounds, longest),
+            scaling,
+            is_causal=True,
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
+    grads = torch.ops.aten._flash_attention_backward(
+        _widened(grad, query),
+        query,
+        key,
+        _widened(value, query),
+        _widened(out, query),
+        logs,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        0.0,
+        True,
+        unused,
+        unused,
+        scale=scaling,
+    )
+    return grads[0].contiguous(), grads[1].contiguous(), grads[2][..., : value.shape[-1]].contiguous()
+
+
+@torch.library.register_fake("transmla::packed_backward")
+def _(grad, query, key, value, out, logs, bounds, plan, scaling):
+    return tuple(states.new_empty(states.shape) for states in (query, key, value))
+
+
+def _widened(states: Tensor, query: Tensor) -> Tensor:
+    """With zeros up to the queries' width: FlashAttention wants equal ones."""
+    return F.pad(states, (0, query.shape[-1] - states.shape[-1]))
+
+
+def _setup(ctx, inputs, output) -> None:
+    query, key, value, bounds, plan, ctx.scaling = inputs
+    ctx.save_for_backward(query, key, value, *output, bounds, plan)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    return *torch.ops.transmla.packed_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None, None
+
+
+torch.library.register_autograd("transmla::packed", _gradients, setup_context=_setup)

@@ -74,6 +74,8 @@ def step_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: 
     # Numbers saved for the backward pass by token and layer: the attention's alone, or the whole layer's; a compiled
     # layer saves fewer (26 GiB in all were measured with 32,768 tokens of SmolLM2-135M, where 24 make 28).
     compiled = getattr(stage, "compile", False)
+    if compiled == "auto":
+        compiled = torch.cuda.is_available() and stage.trainer.get("packing", True)
     saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else 24 if compiled else 34
     per_layer = config.hidden_size * saved
     activations = tokens * config.num_hidden_layers * per_layer * width

@@ -49,7 +49,7 @@ def check_stages(
             raise RecipeError(
                 f"recover.{index}", "its loss is compiled on a GPU, and there is no C compiler on the PATH; install one"
             )
-        if isinstance(stage, TrainerStage) and stage.compile and not _has_compiler():
+        if isinstance(stage, TrainerStage) and stage.compile is True and not _has_compiler():
             raise RecipeError(
                 f"recover.{index}.compile", "there is no C compiler on the PATH; install one, or use false"
             )

@@ -45,14 +45,14 @@ class Lora(Section):
 class TrainerStage(Stage):
     """What the stages of this project's own trainers have besides.
 
-    compile: the layers of student and teacher; pays on a GPU with rows of one length (`packing_strategy: wrapped`).
+    compile: the layers of student and teacher; `auto`: where it pays (transmla.recover.compiling.why_not).
     relative_learning_rate: the learning rate is a share of every weight's size, its root mean square when the stage
         begins, so that one rate fits models of large and of small weights: AdamW moves a weight by about its learning
         rate a step.
     """
 
     train: Literal["attention", "all", "lora"]
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     relative_learning_rate: bool = False
     lora: Lora = Lora()
 
@@ -91,7 +91,7 @@ class Layerwise(TrainerStage):
 
     @model_validator(mode="after")
     def _possible(self) -> Layerwise:
-        if self.logits and self.compile:
+        if self.logits and self.compile is True:
             raise ValueError(
                 "logits are read inside the attentions, where a compiled one cannot be looked into; use compile: false"
             )

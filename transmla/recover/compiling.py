@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+from transmla.recipe.stages import Distill, Layerwise, Sft
+
+FEW = 1_000_000  # tokens of a stage that is over before a compiler would have paid
+
+
+def why_not(
+    stage: Layerwise | Distill | Sft, config: PretrainedConfig, device: torch.device, *, one_shape: bool
+) -> str | None:
+    """What `compile: auto` goes by: why the layers are not compiled; None: they are.
+
+    Args:
+        one_shape: rows have one length, or attention goes by the boundaries of documents: one graph is for all of them.
+    """
+    if device.type != "cuda":
+        return "off a GPU it takes longer than it saves"
+    if stage.tokens < FEW:
+        return f"it takes longer than {stage.tokens:,} tokens without"
+    if stage.train == "lora":
+        return "adapters are wrapped around the layers"
+    if stage.kind == "layerwise" and stage.logits:
+        return "attention's logits are read inside the layers"
+    if getattr(config, "num_local_experts", None):
+        return "every batch chooses other experts"
+    if not one_shape:
+        return "rows differ in length and are padded"
+    return None if _has_compiler() else "there is no Triton, or no C compiler on the PATH"
+
+
+def _has_compiler() -> bool:
+    return find_spec("triton") is not None and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 
 
 def _pieces(model: PreTrainedModel, kind: str) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.arguments import DEFAULTS, common_arguments
-from transmla.recover.compiling import compile_layers, plain_layers
+from transmla.recover.compiling import compile_layers, plain_layers, why_not
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
 from transmla.recover.last_step import require_finite, train_to_the_end
@@ -152,10 +152,13 @@ def build_trainer(
         assert isinstance(trainer, DistillTrainer)
         _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
     _attend_by_documents(trainer, stage)
-    if stage.compile:
+    one_shape = trainer.batches.packed or (config.packing and config.packing_strategy == "wrapped")
+    reason = why_not(stage, student.config, config.device, one_shape=one_shape) if stage.compile == "auto" else None
+    if stage.compile and reason is None:
         compile_layers(student, teacher, stage.kind, any_length=trainer.batches.packed)
-        if "dataloader_drop_last" not in stage.trainer:
+        if "dataloader_drop_last" not in stage.trainer and not trainer.batches.packed:
             _only_whole_batches(trainer)
+    trainer.compiled = f"no: {reason}" if reason else "yes" if stage.compile else "no"
     trainer.add_callback(_Progress(trainer))
     return trainer
 
@@ -211,8 +214,7 @@ def run_stage(
         key: of the stage in the recipe, for errors.
 
     Returns:
-        tokens seen and the log: loss, learning rate, tokens per second by step; what computed attention over packed
-        documents.
+        tokens seen and the log: loss, learning rate, tokens per second by step; by what it was computed.
 
     Raises:
         RecipeError: training was stopped before its end, or its loss or weights are not finite.
@@ -236,5 +238,5 @@ def run_stage(
     require_finite(student, key)
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
-    result = {"tokens": tokens, "log": log, "resumed_from": None if checkpoint is None else str(checkpoint)}
-    return result if trainer.attention is None else result | {"packed_attention": trainer.attention}
+    resumed = None if checkpoint is None else str(checkpoint)
+    return {"tokens": tokens, "log": log, "resumed_from": resumed, "computed_by": trainer.means}

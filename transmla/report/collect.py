@@ -40,6 +40,7 @@ def collect(
                 "tokens": own.get("tokens", 0),
                 "peak_memory_gib": round(own["peak_memory_bytes"] / 2**30, 2),
             }
+            | ({"computed_by": own["computed_by"]} if "computed_by" in own else {})
         )
         if "log" in own:
             logs.append({"name": name, "log": own["log"]})

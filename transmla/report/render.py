@@ -63,6 +63,8 @@ def render(report: dict[str, Any]) -> str:
         f"| {stage['name']} | {stage['seconds']} | {stage['tokens']:,} | {stage['peak_memory_gib']} GiB |"
         for stage in report["stages"]
     ]
+    means = [f"- {stage['name']}: {stage['computed_by']}" for stage in report["stages"] if "computed_by" in stage]
+    lines += ["", *means] if means else []
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["", f"Seed {report['seed']}; {versions}. Figures: `figures/`.", ""]
     return "\n".join(lines)

@@ -69,7 +69,7 @@ PREPARATION = (
 def _rows(stage: AnyStage) -> dict[str, int]:
     """Marks the stages whose rows or batches are others than they once were: short rows joined, an epoch's rest left
     out."""
-    changed = stage.trainer.get("packing_strategy") == "wrapped" or getattr(stage, "compile", False)
+    changed = stage.trainer.get("packing_strategy") == "wrapped" or getattr(stage, "compile", False) is True
     return {"rows": 2} if changed else {}
 
 
@@ -194,6 +194,8 @@ class Fingerprints:
         stage = self.recipe.recover[index]
         settings = stage.model_dump(mode="json", exclude={"data"})
         settings["trainer"] |= _template(settings["trainer"])
+        if settings.get("compile") == "auto":
+            settings["compile"] = False  # what it was where nobody named it
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
         settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}

@@ -121,6 +121,7 @@ def _train(
             reserve=_reserved_memory(run, stage),
             key=key,
         )
+        run.say(f"[{label}] {trainer.means}")
         if isinstance(trainer, DistillTrainer) and is_recorded(stage):
             _read_recording(run, index, trainer)
         return run_stage(trainer, run.dtype, checkpoint, key=key)

@@ -22,7 +22,7 @@ def launch(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
     "words, last",
     [
         (["recipe=debug", "recover.0.tokens=1"], "error: recover.0.tokens: "),
-        (["recipe=debug", "recover=[]", MISSED], "kl of exported on sample_heldout"),
+        (["recipe=debug", "recover=[]", MISSED], "threshold missed: kl of exported on sample_heldout"),
     ],
 )
 def test_one_line(how: list[str], words: list[str], last: str, tmp_path: Path) -> None:

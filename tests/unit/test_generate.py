@@ -10,7 +10,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTo
 
 from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.conversion import convert_model
-from transmla.generate import decoding
+from transmla.generate import decoding, sampler
 from transmla.generate.decoding import has_fixed_size
 from transmla.generate.prompts import TextPrompts, decoded, piece
 from transmla.generate.sampler import ModelSampler, Sample, batch_seed, batches, choose
@@ -66,6 +66,24 @@ def test_greedy_equals_a_plain_loop(family: str, fixed: bool, monkeypatch: pytes
     assert model.config._attn_implementation == kernel
     assert {sample.finished for sample in wanted} == {True, False}
     assert len({len(sample.tokens) for sample in wanted}) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_prompts_are_read_a_few_rows_at_a_time(family: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where a layer keeps a window alone."""
+    model, end = model_that_ends(family, **({"sliding_window": 8} if family.startswith("gemma") else {}))
+    wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in prompts()]
+    monkeypatch.setattr(sampler, "READ", 2 * max(len(prompt) for prompt in prompts()))
+    sizes, logits = [], ModelSampler._logits
+
+    def counted(self, tokens, *rest):
+        sizes.append(tokens.shape)
+        return logits(self, tokens, *rest)
+
+    monkeypatch.setattr(ModelSampler, "_logits", counted)
+    assert ModelSampler(model, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
+    assert len(prompts()) > 2 and (sizes[0][0] == 2) is (family == "llama")
 
 
 def test_padding_keeps_positions() -> None:

@@ -21,6 +21,7 @@ VERBS = {
     "export": "only export the recovered student, with verification",
     "verify": "check an existing export again in a fresh process",
     "evaluate": "evaluate whatever models are there and write the report",
+    "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
     "env": "print versions, devices and paths, for a bug report",
 }
@@ -84,6 +85,11 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
         if os.environ.get("RANK", "0") == "0":
             print(render_plan(prepared, processes=int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    if verb == "bench":
+        from transmla.bench.speed_table import bench
+
+        print(bench(prepared))
         return 0
     from transmla.run.context import Run
     from transmla.run.environment import quiet

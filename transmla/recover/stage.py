@@ -203,6 +203,15 @@ def _only_whole_batches(trainer: RecoveryTrainer) -> None:
         arguments.dataloader_drop_last = True
 
 
+def take_back(trainer: RecoveryTrainer) -> None:
+    """Leave both models as `build_trainer` found them: what they compute with, not their weights."""
+    del trainer.student.forward  # back to the class's own
+    for model in (trainer.student, trainer.teacher):
+        if model is not None and model.config._attn_implementation == PACKED:
+            model.config._attn_implementation = "sdpa"
+    plain_layers(trainer.student, trainer.teacher)
+
+
 def run_stage(
     trainer: RecoveryTrainer, dtype: torch.dtype, checkpoint: Path | None = None, *, key: str = "recover.N"
 ) -> dict[str, Any]:
@@ -221,14 +230,10 @@ def run_stage(
     """
     train_to_the_end(trainer, checkpoint, key)
     student = trainer.student
-    del student.forward  # back to the class's own
-    for model in (student, trainer.teacher):
-        if model is not None and model.config._attn_implementation == PACKED:
-            model.config._attn_implementation = "sdpa"
+    take_back(trainer)
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
     for mark in ("_is_accelerate_prepared", "_original_forward"):
         vars(student).pop(mark, None)
-    plain_layers(student, trainer.teacher)
     if trainer.peft_config is not None:
         merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     for parameter in student.parameters():

@@ -1,0 +1,1 @@
+"""What the kernels and stages of a recipe cost on this machine, without the model's weights or any text."""

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.conftest import tiny_config
 from tests.unit.test_recover import PLAIN, make_trainer
-from transmla.modeling.kernels.packed import LONG, PACKED, STEP, boundaries, packed_attention, plan_of
+from transmla.modeling.kernels.packed import LONG, PACKED, STEP, boundaries, needs_mask, packed_attention, plan_of
 from transmla.recover import stage as stage_module
 
 LENGTHS = [[7], [1], [1, 1, 1], [5, 1, 11, 3], [16, 16], [1, 30], [30, 1], [2] * 20]
@@ -54,6 +55,27 @@ def test_the_rule() -> None:
     assert plan_of(boundaries(positions([LONG - 1] * 2)))[1] == 0
     assert plan_of(boundaries(positions([1] * 500 + [8000]))) == (8192, 1)
     assert plan_of(boundaries(positions([1]))) == (STEP, 0)
+
+
+@pytest.mark.parametrize("stage", [{"logits": 0.1}, None])
+def test_what_needs_a_mask(stage: dict | None, tmp_path, monkeypatch) -> None:
+    """A loss that compares attention's logits; a teacher whose trunk may not hand boundaries through."""
+    if stage is None:
+        monkeypatch.setattr(stage_module, "FAMILIES", {})
+    trainer = make_trainer("layerwise", tmp_path, packing=True, stage=stage)
+    assert trainer.attention.startswith("a mask: ") and not trainer.batches.packed
+    assert trainer.student.config._attn_implementation == trainer.teacher.config._attn_implementation == "sdpa"
+
+
+def test_windows_and_kernels_that_need_a_mask() -> None:
+    config, cpu = tiny_config("mistral", sliding_window=8), torch.device("cpu")
+    config._attn_implementation = "sdpa"
+    assert needs_mask(config, 8, torch.float32, cpu) is None
+    assert "a layer sees 8 tokens" in needs_mask(config, 9, torch.float32, cpu)
+    config._attn_implementation = "eager"
+    assert "eager" in needs_mask(config, 8, torch.float32, cpu)
+    config._attn_implementation, config.attention_dropout = "sdpa", 0.1
+    assert "dropout" in needs_mask(config, 8, torch.float32, cpu)
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "distill", "sft"])

@@ -16,6 +16,7 @@ from trl import SFTConfig
 
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
+from transmla.families import FAMILIES
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
@@ -173,6 +174,9 @@ def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | 
     reasons = [needs_mask(model.config, config.max_length, dtype, config.device) for model in models]
     if stage.kind == "layerwise" and stage.logits:
         reasons.append("the loss compares attention's logits")
+    kind = None if trainer.teacher is None else trainer.teacher.config.model_type
+    if kind is not None and kind not in FAMILIES:
+        reasons.append(f"the teacher is of another family, {kind}")  # which may not hand boundaries through
     why = next((reason for reason in reasons if reason is not None), None)
     if why is None:
         for model in models:

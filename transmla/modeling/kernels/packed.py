@@ -61,7 +61,7 @@ def needs_mask(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device
     """
     if config._attn_implementation != "sdpa":
         return f"attention runs as {config._attn_implementation}"
-    if config.attention_dropout:
+    if getattr(config, "attention_dropout", 0.0):  # some architectures have none
         return "attention has dropout"
     window = shortest_sliding_window(config)
     if window is not None and window < tokens:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.conftest import tiny_config
+from tests.conftest import settings, tiny_config, tiny_model
 from tests.unit.test_recover import PLAIN, make_trainer
+from transmla.convert.conversion import convert_model
 from transmla.modeling.kernels.packed import LONG, PACKED, STEP, boundaries, needs_mask, packed_attention, plan_of
 from transmla.recover import stage as stage_module
 
@@ -43,10 +44,22 @@ def test_boundaries() -> None:
     assert boundaries(positions([3, 1, 2])).tolist() == [0, 3, 4, 6]
 
 
-def test_without_boundaries() -> None:
-    states = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="boundaries"):
-        packed_attention(torch.nn.Identity(), states, states, states, None)
+def test_without_boundaries_a_mask_counts() -> None:
+    """A model that is asked something else between two steps: padding stays unseen, whatever attention is called."""
+    torch.manual_seed(3)
+    teacher = tiny_model("llama")
+    student = convert_model(
+        teacher, settings(qk_rope_head_dim=8, kv_lora_rank=24), torch.randint(1, 97, (4, 32))
+    ).student
+    tokens, mask = torch.randint(1, 97, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    for model in (teacher, student):
+        found = []
+        for name in ("sdpa", PACKED):
+            model.config._attn_implementation = name
+            with torch.no_grad():
+                found.append(model(input_ids=tokens, attention_mask=mask).logits[mask.bool()])
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_the_rule() -> None:

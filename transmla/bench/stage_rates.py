@@ -53,7 +53,8 @@ def _models(prepared: Prepared) -> tuple[PreTrainedModel, PreTrainedModel]:
     for one in (config, own):
         with torch.device(prepared.device):
             kernel = default_kernel(prepared.config.model_type)
-            made.append(AutoModelForCausalLM.from_config(one, dtype=prepared.dtype, attn_implementation=kernel).eval())
+            options: dict[str, Any] = {"dtype": prepared.dtype, "attn_implementation": kernel}
+            made.append(AutoModelForCausalLM.from_config(one, trust_remote_code=False, **options).eval())
     teacher, student = made
     trunk = {name: value for name, value in teacher.state_dict().items() if ATTENTION not in name}
     student.load_state_dict(trunk, strict=False)
@@ -92,7 +93,7 @@ def _measured(
             stage,
             student,
             None if stage.kind == "sft" else teacher,
-            AutoTokenizer.from_pretrained(place / "tokenizer"),
+            AutoTokenizer.from_pretrained(place / "tokenizer", trust_remote_code=False),
             config,
             _documents(prepared.config.vocab_size, STEPS * step, int(config.max_length or 1024)),
             scales=[1.0] * prepared.config.num_hidden_layers,

@@ -42,7 +42,8 @@ class _Errors:
     def __init__(
         self, batch: dict[str, Tensor], scales: list[float], logits: float, taps: dict[nn.Module, Tap]
     ) -> None:
-        self.keep = batch["attention_mask"].bool() if "attention_mask" in batch else None
+        masked = "attention_mask" in batch and "document_bounds" not in batch  # packed rows have no padding
+        self.keep = batch["attention_mask"].bool() if masked else None
         self.tokens = batch["input_ids"].numel() if self.keep is None else self.keep.sum()
         self.scales, self.found = scales, [torch.zeros(())] * len(scales)
         self.logits, self.taps = logits, taps
@@ -84,7 +85,7 @@ def attention_errors(
     once and without a gradient. With the student's own, the student's trunk runs too.
 
     Args:
-        batch: `input_ids` and optionally `attention_mask` and `position_ids`, as a trunk takes them.
+        batch: `input_ids` and optionally `attention_mask`, `position_ids` and boundaries, as a trunk takes them.
         scales: E|output|² of every teacher attention.
         stream: whose residual stream the student's attentions read, `teacher` or `student`.
         hidden: weight of the error of the stream after the layer, divided by the same scale.

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transmla.modeling.attention import MLAAttention
 from transmla.modeling.kernels.dispatch import TAP, attend
 from transmla.modeling.kernels.eager import cap, eager_attention
+from transmla.modeling.kernels.packed import PACKED
 from transmla.recipe.stages import QUERIES
 
 
@@ -69,7 +70,7 @@ def tapped(*models: PreTrainedModel) -> Iterator[dict[nn.Module, Tap]]:
         taps[module] = Tap(query[:, :, chosen], key, chosen, mask, options["scaling"], options.get("softcap"))
         if isinstance(module, MLAAttention):
             return attend(module, query, key, value, mask, implementation=kernel, eager=eager_attention, **options)
-        if kernel == "sdpa":
+        if kernel in ("sdpa", PACKED):  # without boundaries they are the same
             return sdpa_attention_forward(module, query, key, value, mask, **options)
         repeat = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeat, dim=1) for states in (key, value))

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from transmla.modeling.kernels.packed import boundaries, plan_of
+from transmla.modeling.kernels.packed import boundaries, plan_of, trunk_arguments
 
 
 class CountingCollator:
@@ -56,6 +55,5 @@ def trunk_inputs(inputs: dict[str, Any]) -> dict[str, Tensor]:
         if key in inputs:
             batch[key] = inputs[key]
     if "document_plan" in inputs:
-        batch["document_bounds"] = inputs["document_bounds"]
-        batch["document_plan"] = torch.tensor(inputs["document_plan"])  # a trainer would have moved a tensor
+        batch |= trunk_arguments(inputs["document_bounds"], inputs["document_plan"])
     return batch

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.kernels.fused import sdpa
+from transmla.modeling.kernels.packed import PACKED
 
 # Name of what looks at queries and keys on their way to another kernel (transmla.measure.attention_taps).
 TAP = "transmla_tap"
@@ -29,7 +30,8 @@ def attend(
     eager: Callable[..., tuple[Tensor, Tensor | None]],
     **kwargs: object,
 ) -> tuple[Tensor, Tensor | None]:
-    """Dispatch on transformers' `attn_implementation`: `sdpa` is ours, everything else is transformers' own.
+    """Dispatch on transformers' `attn_implementation`: `sdpa` is ours, as is PACKED; everything else is transformers'
+    own.
 
     Args:
         softcap: logits become softcap · tanh(logits / softcap) before the mask; None: they stay.
@@ -44,7 +46,7 @@ def attend(
                 f"{CAPPING[:2]}"
             )
         kwargs["softcap"] = softcap
-    if implementation == "sdpa":
+    if implementation == "sdpa" or (implementation == PACKED and kwargs.get("document_bounds") is None):
         return sdpa(query, key, value, mask, scaling, dropout), None
     function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)

@@ -3,6 +3,9 @@
 On a GPU, in 16 bits, one of two kernels computes it: cuDNN's (package nvidia-cudnn-frontend) where there is much to do,
 FlashAttention-2 as PyTorch has it elsewhere and where that package is missing; on a CPU every document is computed by
 itself. `_by_cudnn` is the rule, docs/speed.md has the figures.
+
+Boundaries reach attention through a trunk's further arguments (`trunk_arguments`), so that layers that are computed
+again for a backward pass get them too.
 """
 
 from __future__ import annotations
@@ -10,18 +13,20 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.config_facts import shortest_sliding_window
 from transmla.modeling.kernels.fused import sdpa
 
-# Name among transformers' attention functions. No mask is registered under it, so a trunk makes none.
-PACKED = "transmla_packed"
+PACKED = "transmla_packed"  # name among transformers' attention functions
 DOCUMENTS = ("document_bounds", "document_plan")  # what a trunk hands through to attention
 
 # Where cuDNN is faster on an H100: keys that lie in a query's document, the mean over queries; with values narrower
@@ -39,6 +44,16 @@ def boundaries(positions: Tensor) -> Tensor:
     starts = (positions[0] == 0).nonzero()[:, 0]
     assert len(starts) and starts[0] == 0, "a row begins with a document"
     return torch.cat([starts, starts.new_tensor([positions.shape[1]])]).to(torch.int32)
+
+
+def trunk_arguments(bounds: Tensor, plan: tuple[int, int]) -> dict[str, Tensor]:
+    """What a trunk is called with so that attention goes by boundaries. A mask of four dimensions is handed on as it
+    is: with one, the trunk makes none, which would be of T x T."""
+    return {
+        "attention_mask": bounds[None, None, None],
+        "document_bounds": bounds,
+        "document_plan": torch.tensor(plan),  # stays on the CPU; made here, because a trainer moves all tensors
+    }
 
 
 def plan_of(bounds: Tensor) -> tuple[int, int]:
@@ -107,23 +122,22 @@ def packed_attention(
     scaling: float | None = None,
     document_bounds: Tensor | None = None,
     document_plan: Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls attention functions; every document of the one row sees itself, causally.
 
     Args:
         query: [1, H, T, E]. key: [1, G, T, E]. value: [1, G, T, V]; H divisible by G, V at most E.
+        mask: not looked at where boundaries are given. Without them this is PyTorch's attention, by its mask.
         document_bounds: as `boundaries` gives them, on the device.
         document_plan: as `plan_of` gives it, [2], on the CPU, so that the choice of a kernel waits for nothing.
 
     Returns:
         [1, T, H, V].
-
-    Raises:
-        ValueError: no boundaries are given; without them the documents would see each other.
     """
-    if document_bounds is None or document_plan is None or mask is not None:
-        raise ValueError(f"{PACKED} computes packed documents, by their boundaries and without a mask")
+    if document_bounds is None or document_plan is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return out, None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         wanted = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
@@ -133,6 +147,7 @@ def packed_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, sdpa_mask)
 
 
 @torch.compiler.disable

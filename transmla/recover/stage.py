@@ -157,7 +157,8 @@ def build_trainer(
     reason = why_not(stage, student.config, config.device, one_shape=one_shape) if stage.compile == "auto" else None
     if stage.compile and reason is None:
         compile_layers(student, teacher, stage.kind, any_length=trainer.batches.packed)
-        if "dataloader_drop_last" not in stage.trainer and not trainer.batches.packed:
+        # With boundaries a rest would do no harm; where `compile: true` stands it has always been left out.
+        if "dataloader_drop_last" not in stage.trainer and (stage.compile is True or not trainer.batches.packed):
             _only_whole_batches(trainer)
     trainer.compiled = f"no: {reason}" if reason else "yes" if stage.compile else "no"
     trainer.add_callback(_Progress(trainer))

@@ -160,7 +160,9 @@ def build_trainer(
         # With boundaries a rest would do no harm; where `compile: true` stands it has always been left out.
         if "dataloader_drop_last" not in stage.trainer and (stage.compile is True or not trainer.batches.packed):
             _only_whole_batches(trainer)
-    trainer.compiled = f"no: {reason}" if reason else "yes" if stage.compile else "no"
+        trainer.compiled = "layers compiled"
+    if reason is not None:
+        trainer.compiled += f" ({reason})"
     trainer.add_callback(_Progress(trainer))
     return trainer
 

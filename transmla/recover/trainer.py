@@ -70,14 +70,14 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
         self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
-        self.compiled = "no"  # or why not
+        self.compiled = "layers not compiled"
         install_objective(model, self.objective)
 
     @property
     def means(self) -> str:
         """By what the stage is computed, for log and report."""
         attention = "" if self.attention is None else f"; attention over packed documents: {self.attention}"
-        return f"layers compiled: {self.compiled}{attention}"
+        return f"{self.compiled}{attention}"
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split where weights have rates of their own."""

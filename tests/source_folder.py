@@ -63,6 +63,16 @@ def shard(folder: Path) -> list[Path]:
     return [folder / file for file in parts]
 
 
+def assert_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], reason: str
+) -> None:
+    """A changed copy of a source is refused in the plan, in one line that names the reason."""
+    folder = copy_of(source, tmp_path / "model")
+    change(folder)
+    line = refusal(folder, tmp_path, capsys, "dry_run=true")
+    assert line.startswith("error: model.source: ") and reason in line
+
+
 def refusal(folder: Path | str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The line with which a recipe of this source is refused, before a model is loaded or anything is written."""
     patch = pytest.MonkeyPatch()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.source_folder import copy_of, make_source, refusal
+from tests.source_folder import assert_refused, copy_of, make_source
 from transmla.sources.tokenizer import load_tokenizer
 
 
@@ -61,11 +61,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", TOKENIZERS)
 def test_a_tokenizer_that_is_not_the_models(source: Path, tmp_path: Path, capsys, damage: str) -> None:
-    folder = copy_of(source, tmp_path / "model")
-    change, reason = TOKENIZERS[damage]
-    change(folder)
-    line = refusal(folder, tmp_path, capsys, "dry_run=true")
-    assert line.startswith("error: model.source: ") and reason in line
+    assert_refused(source, tmp_path, capsys, *TOKENIZERS[damage])
 
 
 def test_a_special_token_that_nothing_writes_may_lie_beyond(source: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.source_folder import WEIGHTS, copy_of, edit_json, edit_weights, make_source, refusal, shard
+from tests.source_folder import WEIGHTS, assert_refused, copy_of, edit_json, edit_weights, make_source, shard
 from transmla.errors import RecipeError
 from transmla.sources.config import read_config
 from transmla.sources.local_model import load_model, load_source
@@ -120,11 +120,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_weights_that_do_not_fit_are_refused_in_the_plan(untied: Path, tmp_path: Path, capsys, damage: str) -> None:
-    folder = copy_of(untied, tmp_path / "model")
-    change, reason = DAMAGE[damage]
-    change(folder)
-    line = refusal(folder, tmp_path, capsys, "dry_run=true")
-    assert line.startswith("error: model.source: ") and reason in line
+    assert_refused(untied, tmp_path, capsys, *DAMAGE[damage])
 
 
 def test_what_transformers_reads_is_accepted(untied: Path, tmp_path: Path) -> None:

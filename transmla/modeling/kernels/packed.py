@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -163,11 +163,11 @@ def _by_document(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scal
     return torch.cat(pieces, dim=1)
 
 
-torch.library.define(
+library.define(
     "transmla::packed",
     "(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor plan, float scaling) -> (Tensor, Tensor)",
 )
-torch.library.define(
+library.define(
     "transmla::packed_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logs, Tensor bounds, Tensor plan, "
     "float scaling) -> (Tensor, Tensor, Tensor)",
@@ -181,7 +181,13 @@ def _by_cudnn(query: Tensor, value: Tensor, long: int) -> bool:
     return bool(wanted) and _has_cudnn(query.device)
 
 
-@torch.library.impl("transmla::packed", "CUDA")
+def _of_documents(bounds: Tensor, longest: int) -> dict[str, Any]:
+    """What both of cuDNN's operators are told of the documents."""
+    lengths = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
+    return {"is_causal": True, "cu_seqlens_q": bounds, "cu_seqlens_kv": bounds} | lengths
+
+
+@library.impl("transmla::packed", "CUDA")
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, plan: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -193,11 +199,7 @@ def _packed(
             key,
             value,
             scaling,
-            is_causal=True,
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            **_of_documents(bounds, longest),
         )
         return out, logs[:, :, 0].T.contiguous()
     width = value.shape[-1]
@@ -207,13 +209,13 @@ def _packed(
     return out[..., :width].contiguous(), logs
 
 
-@torch.library.register_fake("transmla::packed")
+@library.register_fake("transmla::packed")
 def _(query, key, value, bounds, plan, scaling):
     tokens, heads, _ = query.shape
     return query.new_empty(tokens, heads, value.shape[-1]), query.new_empty(heads, tokens, dtype=torch.float32)
 
 
-@torch.library.impl("transmla::packed_backward", "CUDA")
+@library.impl("transmla::packed_backward", "CUDA")
 def _packed_backward(
     grad: Tensor,
     query: Tensor,
@@ -236,11 +238,7 @@ def _packed_backward(
             out,
             padded(logs.T.contiguous(), bounds, longest),
             scaling,
-            is_causal=True,
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            **_of_documents(bounds, longest),
             is_deterministic=torch.are_deterministic_algorithms_enabled(),
         )
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
@@ -264,7 +262,7 @@ def _packed_backward(
     return grads[0].contiguous(), grads[1].contiguous(), grads[2][..., : value.shape[-1]].contiguous()
 
 
-@torch.library.register_fake("transmla::packed_backward")
+@library.register_fake("transmla::packed_backward")
 def _(grad, query, key, value, out, logs, bounds, plan, scaling):
     return tuple(states.new_empty(states.shape) for states in (query, key, value))
 
@@ -287,4 +285,4 @@ def _gradients(ctx, grad, _):
     return *torch.ops.transmla.packed_backward(grad, *ctx.saved_tensors, ctx.scaling), None, None, None
 
 
-torch.library.register_autograd("transmla::packed", _gradients, setup_context=_setup)
+library.register_autograd("transmla::packed", _gradients, setup_context=_setup)

@@ -12,6 +12,8 @@ import torch
 
 from transmla.errors import RecipeError
 
+COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
+
 
 def resolve_device(wanted: str) -> str:
     """`cuda` or `cpu` from the recipe's `device`.
@@ -47,6 +49,11 @@ def use_cores(wanted: int | str, processes_here: int) -> None:
             return
         wanted = max(1, len(os.sched_getaffinity(0)) // processes_here)
     torch.set_num_threads(int(wanted))
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler, which torch.compile and Triton call."""
+    return "CC" in os.environ or "CXX" in os.environ or any(map(shutil.which, COMPILERS))
 
 
 def require_disk(folder: Path, needed: int, key: str = "output_dir") -> None:

@@ -13,7 +13,8 @@ GPU = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_has_compiler", lambda: True)
+    monkeypatch.setattr(compiling, "has_compiler", lambda: True)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: name)
 
 
 def stage(kind: type = Distill, **fields: object):
@@ -41,6 +42,7 @@ def test_reasons(asked, family: str, device: torch.device, one_shape: bool, reas
     assert reason in (why_not(asked, tiny_config(family), device, one_shape=one_shape) or "")
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_has_compiler", lambda: False)
-    assert "C compiler" in (why_not(stage(), tiny_config(), GPU, one_shape=True) or "")
+@pytest.mark.parametrize("name, reason", [("has_compiler", "C compiler"), ("find_spec", "Triton")])
+def test_without_a_compiler(name: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, name, lambda *_: None)
+    assert reason in (why_not(stage(), tiny_config(), GPU, one_shape=True) or "")

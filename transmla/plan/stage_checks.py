@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import is_torch_tf32_available
 
 from transmla.errors import RecipeError
+from transmla.hardware import has_compiler
 from transmla.modeling.config_facts import final_softcap
 from transmla.plan.trainer_checks import check_trainers
 from transmla.recipe.budget import ROW_LENGTH
@@ -21,8 +21,6 @@ from transmla.recipe.stages import AnyStage, Distill, OnPolicy, TrainerStage
 from transmla.sources.check import check_planned
 from transmla.sources.config import source_config
 from transmla.sources.kinds import kind_of
-
-COMPILERS = ("cc", "gcc", "clang", "g++", "clang++")
 
 
 def check_stages(
@@ -45,11 +43,11 @@ def check_stages(
         _check_device(stage, key, device)
     check_trainers(recipe.recover, device, dtype, int(os.environ.get("WORLD_SIZE", "1")))
     for index, stage in enumerate(recipe.recover):
-        if device == "cuda" and stage.kind != "layerwise" and not _has_compiler():
+        if device == "cuda" and stage.kind != "layerwise" and not has_compiler():
             raise RecipeError(
                 f"recover.{index}", "its loss is compiled on a GPU, and there is no C compiler on the PATH; install one"
             )
-        if isinstance(stage, TrainerStage) and stage.compile is True and not _has_compiler():
+        if isinstance(stage, TrainerStage) and stage.compile is True and not has_compiler():
             raise RecipeError(
                 f"recover.{index}.compile", "there is no C compiler on the PATH; install one, or use false"
             )
@@ -95,10 +93,6 @@ def _check_device(stage: AnyStage, key: str, device: str) -> None:
         raise RecipeError(f"{key}.tf32", "this device has no such number format (Ampere and newer have); leave it out")
     if stage.trainer.get("activation_offloading") and device != "cuda":
         raise RecipeError(f"{key}.activation_offloading", "activations are in the CPU's memory already; leave it out")
-
-
-def _has_compiler() -> bool:
-    return "CC" in os.environ or "CXX" in os.environ or any(map(shutil.which, COMPILERS))
 
 
 def _check_teacher(stage: Distill, teacher: ModelSource, key: str, config: PretrainedConfig, *, online: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from importlib.util import find_spec
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from transmla.hardware import has_compiler
 from transmla.recipe.stages import Distill, Layerwise, Sft
 
 FEW = 1_000_000  # tokens of a stage that is over before a compiler would have paid
@@ -34,11 +34,9 @@ def why_not(
         return "every batch chooses other experts"
     if not one_shape:
         return "rows differ in length and are padded"
-    return None if _has_compiler() else "there is no Triton, or no C compiler on the PATH"
-
-
-def _has_compiler() -> bool:
-    return find_spec("triton") is not None and any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    if find_spec("triton") is None:
+        return "there is no Triton"
+    return None if has_compiler() else "there is no C compiler on the PATH"
 
 
 def _pieces(model: PreTrainedModel, kind: str) -> list[nn.Module]:

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from transmla.bench.divergence_times import divergence_rows
 from transmla.bench.timing import graph_milliseconds, milliseconds
 from transmla.families.family import key_value_heads
 from transmla.geometry import MLAGeometry
 from transmla.modeling.kernels.fused import sdpa
 from transmla.modeling.kernels.one_query import one_latent_query, one_query
 from transmla.modeling.kernels.packed import boundaries, packed_attention, plan_of
-from transmla.recover.losses import Mixture, Teacher, token_loss
 
 DECODED = ((32, 8192), (8, 32768), (1, 32768))  # rows and cached tokens
 PACKED = ((4096, 4), (8192, 4), (8192, 16), (8192, 1))  # tokens and documents
-SCORED = 8192  # tokens of the divergence
 
 Row = dict[str, Any]
 
@@ -31,7 +30,7 @@ def kernel_rows(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dt
         yield _one_query(config, geometry, dtype, rows, length)
     for tokens, documents in PACKED:
         yield _packed(config, geometry, dtype, tokens, documents)
-    yield _divergence(config, dtype)
+    yield from divergence_rows(config, dtype)
 
 
 @torch.no_grad()
@@ -100,31 +99,6 @@ def _packed(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype,
         "shape": f"{tokens:,} in {documents}",
         "ms": both(kernel),
         "others": {"mask": both(masked), "a batch of documents": both(batch)},
-    }
-
-
-def _divergence(config: PretrainedConfig, dtype: torch.dtype) -> Row:
-    width, words = config.hidden_size, config.vocab_size
-    teacher = _drawn(dtype, SCORED, width)
-    student = (teacher.float() + 0.05 * _drawn(torch.float32, SCORED, width)).to(dtype).requires_grad_()
-    head = _drawn(dtype, words, width) * 0.02
-    logits = SCORED * words
-
-    def loss() -> None:
-        token_loss(student, head, Teacher(teacher, head), labels=None, mixture=Mixture()).backward()
-        student.grad = None
-
-    chunk = min(SCORED, 2**28 // words)
-    slopes = _drawn(dtype, chunk, words)
-    piece = teacher[:chunk]
-    products = sum(
-        milliseconds(work) for work in (lambda: piece @ head.T, lambda: piece @ head.T, lambda: slopes @ head)
-    )
-    return {
-        "kernel": "forward KL through a frozen head",
-        "shape": f"{SCORED:,} x {words:,} x {width:,}",
-        "ms": milliseconds(loss),
-        "others": {"three products": products * logits / (chunk * words)},
     }
 
 

@@ -31,7 +31,7 @@ def check_stages(
     On a GPU a loss over logits is always compiled (transmla.recover.losses); so are kernels of trl's on-policy loss.
 
     Args:
-        config: of the source. kinds: what the rows of every list are, by its key.
+        config: of the source. kinds: what the rows of every list that was looked at are, by its key.
 
     Raises:
         RecipeError: a trainer that trl cannot make; rows that do not fit the model or the loss; a compiled stage
@@ -39,7 +39,8 @@ def check_stages(
     """
     for index, stage in enumerate(recipe.recover):
         key = f"recover.{index}.trainer"
-        _check_rows(stage, key, kinds[f"recover.{index}.data"], config)
+        if f"recover.{index}.data" in kinds:
+            _check_rows(stage, key, kinds[f"recover.{index}.data"], config)
         _check_device(stage, key, device)
     check_trainers(recipe.recover, device, dtype, int(os.environ.get("WORLD_SIZE", "1")))
     for index, stage in enumerate(recipe.recover):

@@ -19,7 +19,7 @@ from transmla.modeling.kernels.one_query import one_latent_query, one_query
 from transmla.modeling.kernels.packed import boundaries, packed_attention, plan_of
 
 DECODED = ((32, 8192), (8, 32768), (1, 32768))  # rows and cached tokens
-PACKED = ((4096, 4), (8192, 4), (8192, 16), (8192, 1))  # tokens and documents
+PACKED = ((4096, 4, True), (8192, 4, True), (8192, 16, False), (8192, 1, True))  # tokens, documents, whether all alike
 
 Row = dict[str, Any]
 
@@ -28,8 +28,8 @@ def kernel_rows(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dt
     """One row a kernel and shape: name, shape, milliseconds, and those of other ways to compute the same."""
     for rows, length in DECODED:
         yield _one_query(config, geometry, dtype, rows, length)
-    for tokens, documents in PACKED:
-        yield _packed(config, geometry, dtype, tokens, documents)
+    for tokens, documents, alike in PACKED:
+        yield _packed(config, geometry, dtype, tokens, documents, alike=alike)
     yield from divergence_rows(config, dtype)
 
 
@@ -61,17 +61,29 @@ def _one_query(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dty
     }
 
 
-def _packed(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype, tokens: int, documents: int) -> Row:
+def _starts(tokens: int, documents: int, alike: bool) -> Tensor:
+    """Where documents begin, [documents]: evenly, or anywhere."""
+    if alike:
+        return torch.arange(documents) * (tokens // documents)
+    places = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(3))[: documents - 1] + 1
+    return torch.cat([torch.zeros(1, dtype=torch.long), places.sort().values])
+
+
+def _packed(
+    config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype, tokens: int, documents: int, *, alike: bool
+) -> Row:
     heads, wide = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
     query, key, value = (
         _drawn(dtype, 1, tokens, heads, width).transpose(1, 2).requires_grad_()
         for width in (wide, wide, geometry.v_head_dim)
     )
     length = tokens // documents
-    bounds = boundaries((torch.arange(tokens) % length)[None])
+    starts = torch.zeros(tokens, dtype=torch.long)
+    starts[(begin := _starts(tokens, documents, alike))] = begin
+    bounds = boundaries((torch.arange(tokens) - starts.cummax(0).values)[None])
     plan, on_device = torch.tensor(plan_of(bounds)), bounds.cuda()
     grad = _drawn(dtype, 1, tokens, heads, geometry.v_head_dim)
-    document = torch.arange(tokens, device="cuda") // length
+    document = torch.bucketize(torch.arange(tokens, device="cuda"), on_device[1:].long(), right=True)
     mask = (document[:, None] == document[None]) & torch.ones_like(document[:, None] >= document[None]).tril()
 
     def kernel() -> Tensor:
@@ -92,13 +104,13 @@ def _packed(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype,
             for states in (query, key, value):
                 states.grad = None
 
-        return milliseconds(work, times=5)
+        return milliseconds(work, times=10)
 
     return {
         "kernel": "packed attention, forward and backward",
-        "shape": f"{tokens:,} in {documents}",
+        "shape": f"{tokens:,} in {documents}{'' if alike else ' uneven'}",
         "ms": both(kernel),
-        "others": {"mask": both(masked), "a batch of documents": both(batch)},
+        "others": {"mask": both(masked)} | ({"a batch of documents": both(batch)} if alike else {}),
     }
 
 

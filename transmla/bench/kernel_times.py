@@ -16,7 +16,7 @@ from transmla.families.family import key_value_heads
 from transmla.geometry import MLAGeometry
 from transmla.modeling.kernels.fused import sdpa
 from transmla.modeling.kernels.one_query import one_latent_query, one_query
-from transmla.modeling.kernels.packed import boundaries, packed_attention, plan_of
+from transmla.modeling.kernels.packed import packed_attention, plan_of
 
 DECODED = ((32, 8192), (8, 32768), (1, 32768))  # rows and cached tokens
 PACKED = ((4096, 4, True), (8192, 4, True), (8192, 16, False), (8192, 1, True))  # tokens, documents, whether all alike
@@ -78,9 +78,7 @@ def _packed(
         for width in (wide, wide, geometry.v_head_dim)
     )
     length = tokens // documents
-    starts = torch.zeros(tokens, dtype=torch.long)
-    starts[(begin := _starts(tokens, documents, alike))] = begin
-    bounds = boundaries((torch.arange(tokens) - starts.cummax(0).values)[None])
+    bounds = torch.cat([_starts(tokens, documents, alike), torch.tensor([tokens])]).to(torch.int32)
     plan, on_device = torch.tensor(plan_of(bounds)), bounds.cuda()
     grad = _drawn(dtype, 1, tokens, heads, geometry.v_head_dim)
     document = torch.bucketize(torch.arange(tokens, device="cuda"), on_device[1:].long(), right=True)

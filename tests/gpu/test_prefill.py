@@ -27,8 +27,8 @@ def test_packed_prompts_are_each_alone(student: bool) -> None:
         own = DynamicCache(config=model.config)
         ids = torch.tensor([prompt], device="cuda")
         alone = model(input_ids=ids, past_key_values=own, use_cache=True, logits_to_keep=1).logits[0, -1]
-        torch.testing.assert_close(found[row], alone, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(found[row], alone, rtol=6e-2, atol=6e-2)
         for one, other in zip(cache.layers, own.layers, strict=True):
             padded = one.keys[row, :, -len(prompt) :]
-            torch.testing.assert_close(padded, other.keys[0], rtol=3e-2, atol=3e-2)
+            torch.testing.assert_close(padded, other.keys[0], rtol=6e-2, atol=6e-2)
             assert not one.keys[row, :, : -len(prompt)].any()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -223,18 +223,35 @@ def calibrate(
     Raises:
         ValueError: there was no text.
     """
-    config = model.config
-    family = FAMILIES[config.model_type]
-    accumulators = {}
-    for layer in model.model.layers:
-        module = layer.self_attn
-        source = family.read_attention(module, config, model.device)
-        normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
-        attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
-        accumulators[module] = _Accumulator(config.hidden_size, attention, normed)
+    modules = [layer.self_attn for layer in model.model.layers]
+    accumulators = {module: _accumulator(model.config, module, length, model.device) for module in modules}
     with _observed(model, accumulators):
         for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
             model.model(input_ids=batch.to(model.device), use_cache=False)
     if not next(iter(accumulators.values())).tokens:
         raise ValueError("convert.calibration.data: no text to calibrate on; name a dataset that has some")
     return [accumulators.pop(module).result() for module in list(accumulators)]  # a layer's sums go as its means come
+
+
+@torch.no_grad()
+def calibrate_layer(
+    model: PreTrainedModel, index: int, run: Callable[[], None], *, length: int, device: torch.device
+) -> LayerStatistics:
+    """Measure one attention while `run` passes text through its layer, the only one that has to be in memory.
+
+    Args:
+        length: longest window. device: where the layer is, and its statistics will be.
+    """
+    module = model.model.layers[index].self_attn
+    accumulator = _accumulator(model.config, module, length, device)
+    with _observed(model, {module: accumulator}):
+        run()
+    return accumulator.result()
+
+
+def _accumulator(config: PretrainedConfig, module: SourceModule, length: int, device: torch.device) -> _Accumulator:
+    family = FAMILIES[config.model_type]
+    source = family.read_attention(module, config, device)
+    normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
+    attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
+    return _Accumulator(config.hidden_size, attention, normed)

@@ -16,44 +16,50 @@ from transmla.convert.key_norm import describe_key_errors, fit_keys, with_linear
 from transmla.convert.latent_norm import norm_weights
 from transmla.convert.refit import refit_outputs
 from transmla.convert.search import search, split
-from transmla.families import family_of
+from transmla.families import Family, SourceAttention, family_of
+from transmla.families.family import SourceModule
 from transmla.families.student_config import build_student, student_config
 from transmla.geometry import MLAGeometry, derive_geometry
+from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
 
 
-@dataclass
-class Conversion:
-    """A conversion before any measurement.
+@dataclass(kw_only=True)
+class Findings:
+    """What a conversion found besides weights.
 
-    student: in the source's dtype and on its device. settings, geometry: with what a search chose. statistics: by
-    layer. choices: a line for each decision of a search. fitted_on: the windows that moments and refit saw, [n, L].
+    settings, geometry: with what a search chose. choices: a line for each decision of a search. output_scales: E|o|² of
+    every attention of the source. key_errors: by layer, the mean share of the keys' variance that no linear map
+    explains; empty where keys pass no norm.
     """
 
-    student: PreTrainedModel
     settings: Convert
     geometry: MLAGeometry
-    statistics: list[LayerStatistics]
     choices: list[str]
-    fitted_on: Tensor
+    output_scales: list[float]
+    key_errors: list[float]
 
     def describe(self) -> dict[str, Any]:
         """What an artifact keeps of it: dimensions, choices, and what linear keys lose."""
         kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
-        errors = [layer.key_error for layer in self.statistics if layer.key_error is not None]
-        if errors:
-            kept["key_regression_error"] = [float(error.mean()) for error in errors]
-        return kept
+        return kept | ({"key_regression_error": self.key_errors} if self.key_errors else {})
 
     def notes(self) -> list[str]:
         """Sentences for the user."""
-        errors = self.describe().get("key_regression_error")
-        return self.choices + ([describe_key_errors(errors)] if errors else [])
+        return self.choices + ([describe_key_errors(self.key_errors)] if self.key_errors else [])
 
-    @property
-    def output_scales(self) -> list[float]:
-        """E|o|² of every attention of the source."""
-        return [layer.output_mean_square for layer in self.statistics]
+
+@dataclass(kw_only=True)
+class Conversion(Findings):
+    """A conversion before any measurement.
+
+    student: in the source's dtype and on its device. statistics: by layer. fitted_on: the windows that moments and
+    refit saw, [n, L].
+    """
+
+    student: PreTrainedModel
+    statistics: list[LayerStatistics]
+    fitted_on: Tensor
 
 
 def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -> Conversion:
@@ -79,13 +85,28 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
     student = assemble_student(source, geometry, settings, statistics)
     if settings.refit:
         refit_model(source, student, settings, windows)
-    return Conversion(student, settings, geometry, statistics, choices, windows)
+    errors = [layer.key_error for layer in statistics if layer.key_error is not None]
+    return Conversion(
+        student=student,
+        settings=settings,
+        geometry=geometry,
+        statistics=statistics,
+        choices=choices,
+        fitted_on=windows,
+        output_scales=[layer.output_mean_square for layer in statistics],
+        key_errors=[float(error.mean()) for error in errors],
+    )
 
 
 def refit_model(source: PreTrainedModel, student: PreTrainedModel, settings: Convert, windows: Tensor) -> None:
     """Refit the student's output projections in place (transmla.convert.refit)."""
-    drift = settings.drift if family_of(source.config).plain_residual else 0.0
+    drift = drift_of(source.config, settings)
     refit_outputs(source, student, windows, batch_size=settings.calibration.batch_size, drift=drift)
+
+
+def drift_of(config: PretrainedConfig, settings: Convert) -> float:
+    """The share of the drift that a refit takes back: none where the source puts a norm behind its attention."""
+    return settings.drift if family_of(config).plain_residual else 0.0
 
 
 @torch.no_grad()
@@ -101,23 +122,51 @@ def assemble_student(
     attention: dict[str, Tensor] = {}
     layers = source.model.layers
     for index, layer in enumerate(tqdm(layers, desc="convert", unit="layer")):
-        weights = family.read_attention(layer.self_attn, source.config, source.device)
-        if weights.key_norm is not None:
-            fit = fit_keys(weights, statistics[index])
-            statistics[index].key_error = fit.error
-            weights = with_linear_keys(weights, fit)
+        weights = linear_attention(family, layer.self_attn, source.config, statistics[index], source.device)
         frequencies = family.frequencies(source, index).double()
-        solved = closed_form_weights(
-            weights, statistics[index], frequencies, geometry, settings, freqfold=geometry.freqfold_of(index)
+        solved = solve_attention(
+            weights, statistics[index], frequencies, geometry, settings, config, freqfold=geometry.freqfold_of(index)
         )
-        if geometry.latent_norm:
-            solved |= norm_weights(solved, statistics[index].augmented(), geometry.kv_lora_rank)
-        for name, value in solved.items():
-            if name.endswith(".bias") and not _has_bias(config, name):
-                assert not value.any(), f"layer {index}: {name} is not zero, yet the student has no such bias"
-                continue
-            attention[f"model.layers.{index}.self_attn.{name}"] = value.to(source.dtype)
+        prefix = f"model.layers.{index}{ATTENTION}"
+        attention |= {f"{prefix}{name}": value.to(source.dtype) for name, value in solved.items()}
     return build_student(source, geometry, family, attention)
+
+
+def linear_attention(
+    family: Family, module: SourceModule, config: PretrainedConfig, statistics: LayerStatistics, device: torch.device
+) -> SourceAttention:
+    """The linear maps of one source attention. Keys behind a norm become linear first; the share of their variance that
+    is lost is set in the statistics."""
+    weights = family.read_attention(module, config, device)
+    if weights.key_norm is None:
+        return weights
+    fit = fit_keys(weights, statistics)
+    statistics.key_error = fit.error
+    return with_linear_keys(weights, fit)
+
+
+def solve_attention(
+    weights: SourceAttention,
+    statistics: LayerStatistics,
+    frequencies: Tensor,
+    geometry: MLAGeometry,
+    settings: Convert,
+    student: PretrainedConfig,
+    *,
+    freqfold: int,
+) -> dict[str, Tensor]:
+    """State dict of one student attention in float64, without the biases that the student does not have.
+
+    Args:
+        weights: as `linear_attention` gives them. frequencies: [d/2], of this layer. student: its configuration.
+    """
+    solved = closed_form_weights(weights, statistics, frequencies, geometry, settings, freqfold=freqfold)
+    if geometry.latent_norm:
+        solved |= norm_weights(solved, statistics.augmented(), geometry.kv_lora_rank)
+    idle = [name for name in solved if name.endswith(".bias") and not _has_bias(student, name)]
+    for name in idle:
+        assert not solved[name].any(), f"{name} is not zero, yet the student has no such bias"
+    return {name: value for name, value in solved.items() if name not in idle}
 
 
 def _has_bias(config: PretrainedConfig, name: str) -> bool:

@@ -9,102 +9,19 @@ one of `DAMPINGS` with the least error on windows that are left out for that; th
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from transmla.modeling.decoder_layers import DecoderLayers, listening
+from transmla.modeling.state_stream import StateStream
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # ε in units of the mean of E[a²]
 
 SHARE = 8  # one window in so many judges ε, one of all where there are fewer
 
 UNJUDGED = 1e-2  # ε where there is only one window
-
-
-class Stream:
-    """Hidden states of windows, [n, L, D], in a file: memory does not grow with the number of tokens.
-
-    The file has no name, so that nothing is left of it when the process ends, however it ends.
-    """
-
-    def __init__(self, states: tuple[int, int, int], dtype: torch.dtype) -> None:
-        count = states[0] * states[1] * states[2]
-        with tempfile.TemporaryFile() as room:
-            os.posix_fallocate(room.fileno(), 0, count * dtype.itemsize)  # with holes it would fail on a full disk late
-            name = f"/proc/self/fd/{room.fileno()}"
-            self.states = torch.from_file(name, shared=True, size=count, dtype=dtype).view(states)
-
-    def get(self, rows: slice, device: torch.device) -> Tensor:
-        return self.states[rows].to(device, copy=True)  # what is read may be written over before it is used
-
-    def put(self, rows: slice, states: Tensor) -> None:
-        self.states[rows] = states.to("cpu", self.states.dtype)
-
-
-class Layers:
-    """A model's decoder layers with the arguments that the model itself gives them: masks, positions, rotations."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.layers = model.model.layers
-        self.arguments: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-
-    def _arguments(self, windows: Tensor) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """By layer, for a batch of this size: keywords of the layer and of its attention."""
-        if len(windows) not in self.arguments:
-            found: list[list[dict[str, Any]]] = [[{}, {}] for _ in self.layers]
-
-            def keep(index: int, place: int, keywords: dict[str, Any]) -> None:
-                found[index][place] = {name: value for name, value in keywords.items() if name != "hidden_states"}
-
-            handles = []
-            for index, layer in enumerate(self.layers):
-                for place, module in enumerate((layer, layer.self_attn)):
-                    hook = lambda m, args, kw, index=index, place=place: keep(index, place, kw)  # noqa: E731
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            try:
-                self.model.model(input_ids=windows.to(self.model.device), use_cache=False)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self.arguments[len(windows)] = [(one, other) for one, other in found]
-        return self.arguments[len(windows)]
-
-    def run(self, index: int, states: Tensor, windows: Tensor) -> Tensor:
-        """The whole layer: [B, L, D] -> [B, L, D]."""
-        out = self.layers[index](states, **self._arguments(windows)[index][0])
-        return out[0] if isinstance(out, tuple) else out
-
-    def attend(self, index: int, states: Tensor, windows: Tensor) -> None:
-        """Only norm and attention, for who listens to the attention's modules."""
-        layer = self.layers[index]
-        layer.self_attn(hidden_states=layer.input_layernorm(states), **self._arguments(windows)[index][1])
-
-
-@contextmanager
-def _listen(module: nn.Module, *, inputs: bool) -> Iterator[list[Tensor]]:
-    """A list that holds the module's last input or output."""
-    heard: list[Tensor] = []
-
-    def before(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> None:
-        heard[:] = [args[0] if args else keywords["hidden_states"]]
-
-    def after(module: nn.Module, args: tuple, out: Any) -> None:
-        heard[:] = [out[0] if isinstance(out, tuple) else out]
-
-    handle = (
-        module.register_forward_pre_hook(before, with_kwargs=True) if inputs else module.register_forward_hook(after)
-    )
-    try:
-        yield heard
-    finally:
-        handle.remove()
 
 
 class Moments:
@@ -160,9 +77,8 @@ def refit_outputs(
 ) -> None:
     """Refit every `o_proj` of a student in place.
 
-    Costs a pass of the source, a pass of the student and a second one of its attentions, and a forward of each for
-    every size of batch. Memory: O(D²) and one batch; the streams of both lie in files below the system's temporary
-    folder (TMPDIR), `stream_bytes` in all.
+    Costs a pass of the source, a pass of the student and a second one of its attentions. Memory: O(D²) and one batch;
+    the streams of both lie in files below the system's temporary folder (TMPDIR), `stream_bytes` in all.
 
     Args:
         windows: calibration tokens, [n, L]. drift: δ, 0 where the source puts a norm behind its attention.
@@ -170,49 +86,56 @@ def refit_outputs(
     if student.config._attn_implementation != source.config._attn_implementation:
         raise ValueError("source and student must attend by the same kernel")
     shape = (*windows.shape, source.config.hidden_size)
-    device, dtype = source.device, source.dtype
-    share = min(SHARE, len(windows))
-    rows = [slice(start, start + batch_size) for start in range(0, len(windows), batch_size)]
-    original, own = Stream(shape, dtype), Stream(shape, dtype)
-    with _listen(source.model.layers[0], inputs=True) as first:
-        stop = source.model.layers[0].register_forward_pre_hook(_stop)
-        try:
-            for part in rows:
-                with suppress(_Reached):
-                    source.model(input_ids=windows[part].to(device), use_cache=False)
-                original.put(part, first[0])
-                own.put(part, first[0])
-        finally:
-            stop.remove()
-    one, other = Layers(source), Layers(student)
+    one, other = (DecoderLayers(model, source.device, source.dtype) for model in (source, student))
+    original, own = StateStream(shape, source.dtype), StateStream(shape, source.dtype)
+    for part in rows_of(windows, batch_size):
+        states = one.first_states(windows[part])
+        original.put(part, states)
+        own.put(part, states)
     for index in tqdm(range(len(source.model.layers)), desc="refit", unit="layer"):
-        attention = other.layers[index].self_attn
-        projection = attention.o_proj
-        weight = projection.weight.float()
-        bias = 0.0 if projection.bias is None else projection.bias.float()
-        fit, judge = Moments(weight), Moments(weight)
-        for part in rows:
-            batch = windows[part]
-            before, mine = original.get(part, device), own.get(part, device)
-            with _listen(one.layers[index].self_attn, inputs=False) as target:
-                original.put(part, one.run(index, before, batch))
-            with _listen(projection, inputs=True) as heads:
-                other.attend(index, mine, batch)
-            inputs = heads[0].float()
-            wanted = target[0].float() + drift * (before.float() - mine.float())
-            error = (wanted - (inputs @ weight.mT + bias)).float()
-            judges = torch.arange(part.start, part.start + len(batch)) % share == 1
-            for moments, chosen in ((fit, ~judges), (judge, judges)):
-                moments.add(error[chosen].flatten(0, 1), inputs[chosen].flatten(0, 1))
-        if (damping := choose_damping(fit, judge)) is not None:
-            projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
-        for part in rows:
-            own.put(part, other.run(index, own.get(part, device), windows[part]))
+        refit_layer(one, other, index, original, own, batch_size=batch_size, drift=drift)
 
 
-class _Reached(Exception):
-    """The first layer: what comes before it is all that is wanted."""
+def rows_of(windows: Tensor, batch_size: int) -> list[slice]:
+    """The batches of windows [n, L]."""
+    return [slice(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
 
 
-def _stop(module: nn.Module, args: tuple) -> None:
-    raise _Reached
+@torch.no_grad()
+def refit_layer(
+    source: DecoderLayers,
+    student: DecoderLayers,
+    index: int,
+    original: StateStream,
+    own: StateStream,
+    *,
+    batch_size: int,
+    drift: float,
+) -> None:
+    """Refit the `o_proj` of one student layer in place, and take both streams over the layer.
+
+    Args:
+        original, own: states of source and student before the layer, then behind it.
+    """
+    device, count = source.device, len(original.states)
+    rows, share = rows_of(original.states, batch_size), min(SHARE, count)
+    projection = student.layers[index].self_attn.o_proj
+    weight = projection.weight.float()
+    bias = 0.0 if projection.bias is None else projection.bias.float()
+    fit, judge = Moments(weight), Moments(weight)
+    for part in rows:
+        before, mine = original.get(part, device), own.get(part, device)
+        with listening(source.layers[index].self_attn) as target:
+            original.put(part, source.run(index, before))
+        with listening(projection, inputs=True, stop=True) as heads:
+            student.run(index, mine)
+        inputs = heads[0].float()
+        wanted = target[0].float() + drift * (before.float() - mine.float())
+        error = (wanted - (inputs @ weight.mT + bias)).float()
+        judges = torch.arange(part.start, part.stop) % share == 1
+        for moments, chosen in ((fit, ~judges), (judge, judges)):
+            moments.add(error[chosen].flatten(0, 1), inputs[chosen].flatten(0, 1))
+    if (damping := choose_damping(fit, judge)) is not None:
+        projection.weight.copy_(projection.weight.double() + ridge_update(fit + judge, damping))
+    for part in rows:
+        own.put(part, student.run(index, own.get(part, device)))

@@ -83,7 +83,7 @@ def search(
     settings = settings.model_copy(update={"collapse": geometry.collapse})
     if settings.freqfold != "auto":
         return settings, geometry, lines
-    folds = [geometry.collapse * 2**n for n in range(6) if geometry.collapse * 2**n <= geometry.head_dim // 2]
+    folds = folds_of(geometry)
     options = [settings.model_copy(update={"freqfold": fold}) for fold in folds]
     if settings.method == "transmla":
         settings = best(options, lambda option: f"freqfold {option.freqfold}")
@@ -100,6 +100,11 @@ def search(
     geometry = derive_geometry(source.config, options[0], freqfold=tuple(folds[pick] for pick in picks))
     lines.append(f"freqfold by layer: {[geometry.freqfold_of(layer) for layer in range(len(picks))]}")
     return settings, geometry, lines
+
+
+def folds_of(geometry: MLAGeometry) -> list[int]:
+    """The freqfolds that a search tries, the finest first."""
+    return [geometry.collapse * 2**n for n in range(6) if geometry.collapse * 2**n <= geometry.head_dim // 2]
 
 
 @torch.no_grad()

@@ -18,11 +18,14 @@ CONTINUATIONS = 10**7  # of an on-policy stage, whose prompts are all in memory
 LARGEST_GPU = 2**40  # bytes; more than any has
 
 
-def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, cache: int, device: str) -> None:
+def check_budgets(
+    recipe: Recipe, config: PretrainedConfig, sizes: Sizes, cache: int, device: str, streaming: bool
+) -> None:
     """Check that every budget gives at least one window or step, and that nothing outgrows the memory.
 
     Args:
-        config: of the source. cache: values that the source caches per token and layer.
+        config: of the source. cache: values that the source caches per token and layer. streaming: whether the source
+            is read layer by layer.
 
     Raises:
         RecipeError: with the least, or the most, that is possible.
@@ -50,7 +53,7 @@ def check_budgets(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, cache:
     for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
         for index, entry in enumerate(entries):
             _check_sampling(entry, f"{key}.{index}", config.num_hidden_layers * cache, device)
-    if kind_of(recipe.model.source) == "random" and not recipe.dry_run:
+    if kind_of(recipe.model.source) == "random" and not (recipe.dry_run or streaming):
         needed, there = 4 * sizes.source, psutil.virtual_memory().available
         if needed > there:
             raise RecipeError(

@@ -37,6 +37,15 @@ def _searched(section: Convert) -> str:
     return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
 
 
+def _memory_of_conversion(prepared: Prepared) -> list[str]:
+    streaming = prepared.streaming
+    how = "layer by layer" if streaming.on else "whole models"
+    lines = [f"{how}, about {streaming.needs.describe()}, because {streaming.reason}"]
+    if streaming.refusal is not None:
+        lines.append(f"refused on this machine: {streaming.refusal[0]}: {streaming.refusal[1]}")
+    return lines
+
+
 def _writing(recipe: Recipe) -> list[str]:
     lines = []
     for entry in recipe.write:
@@ -76,6 +85,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(map(str, recipe.convert.calibration.data))}",
+        *(f"             {line}" for line in _memory_of_conversion(prepared)),
     ]
     for index, stage in enumerate(recipe.recover):
         trained = sizes.trained(stage)

@@ -60,6 +60,7 @@ class Convert(Section):
     refit: bool = True  # output projections by regression onto the source's attention, layer after layer
     drift: Share = 0.3  # share of the stream's drift that a refit corrects
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
+    streaming: bool | Literal["auto"] = "auto"  # read the source layer by layer; auto: where both models do not fit
     calibration: Calibration
 
     @model_validator(mode="before")

@@ -99,6 +99,12 @@ def _digest(run: Run, **more: Any) -> str:
 
 def _compared(run: Run, calibration: Tensor, measure: bool, metadata: dict[str, Any]) -> Compared:
     """The conversion and its comparison; what they found goes into the metadata."""
+    if run.prepared.streaming.on:
+        raise RecipeError(
+            "convert.streaming",
+            f"a comparison holds source and student whole ({run.prepared.streaming.reason}); run transmla convert "
+            "recipe=... instead, or use false where both fit",
+        )
     section = run.recipe.evaluate
     windows = evaluation_windows(run, section.data[0]) if measure else None
     done = convert_and_compare(

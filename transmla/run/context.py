@@ -18,8 +18,12 @@ from transmla.hardware import use_cores
 from transmla.plan.checks import Prepared
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
+from transmla.sources.drawn_parts import drawn_model
 from transmla.sources.fetch import fetch
-from transmla.sources.local_model import load_source
+from transmla.sources.kinds import kind_of
+from transmla.sources.layered_model import LayeredModel
+from transmla.sources.local_model import load_source, stream_source
+from transmla.sources.random_model import byte_tokenizer
 from transmla.sources.tokenizer import load_tokenizer
 
 
@@ -45,7 +49,7 @@ class Run:
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if self.state.num_processes > 1:
             with self.state.main_process_first():  # one process downloads, the others find it in the cache
-                _ = self.source_folder
+                _ = None if self.drawn else self.source_folder
 
     def say(self, text: str) -> None:
         """Print a line, on the first process."""
@@ -71,15 +75,28 @@ class Run:
         """The source as a local directory, downloaded or dequantised where need be."""
         return fetch(self.recipe.model)
 
+    @property
+    def drawn(self) -> bool:
+        """Whether the source is a random model that is drawn layer by layer and never stored."""
+        return self.prepared.streaming.on and kind_of(self.recipe.model.source) == "random"
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The source's tokenizer."""
+        if self.drawn:
+            return byte_tokenizer(self.prepared.config)
         return load_tokenizer(self.source_folder, "model.source")
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
         """The source model, on this process's device."""
         return load_source(self.source_folder, self.dtype, self.device)
+
+    def stream_source(self) -> LayeredModel:
+        """The source model with one part in memory at a time, on this process's device."""
+        if self.drawn:
+            return drawn_model(self.prepared.config, self.dtype, torch.device(self.device), "model.config")
+        return stream_source(self.source_folder, self.dtype, self.device)
 
     def release_teacher(self) -> None:
         """Make room for another model; the next use of `teacher` loads it again."""

@@ -179,7 +179,7 @@ class Fingerprints:
                 "format": FORMAT,
                 "source": identity(self.recipe.model),
                 "geometry": asdict(self.prepared.geometry),
-                "convert": section.model_dump(mode="json", exclude={"calibration": {"data"}}),
+                "convert": section.model_dump(mode="json", exclude={"calibration": {"data"}, "streaming": True}),
                 "parts": _shares(section.calibration.data),
                 "data": self._data(section.calibration.data, "convert.calibration.data"),
                 "dtype": str(self.prepared.dtype),

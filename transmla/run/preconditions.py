@@ -23,6 +23,7 @@ def check_before_weights(run: Run) -> None:
     """
     check_writing(run, texts_to_make(run))
     if -1 in students_to_make(run):
+        run.prepared.streaming.require()
         check_calibration(run)
     check_training(run, students_to_make(run))
     check_evaluation_text(run)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 FORMAT = 1  # raise it when a cached directory's content would change
+DRAWS = 2  # the same of random weights
 
 
 def cache_folder() -> Path:

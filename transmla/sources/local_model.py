@@ -1,4 +1,4 @@
-"""Load a causal language model from a directory: all of it, or none."""
+"""Load a causal language model from a directory: all of it or none, or one part at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from transmla.sources.config import read_config
 from transmla.sources.file_digests import read_digests
 from transmla.sources.generation import read_generation
 from transmla.sources.kinds import cache_folder
-from transmla.sources.weight_values import check_numbers
+from transmla.sources.layered_model import LayeredModel
+from transmla.sources.stored_parts import stored_model
+from transmla.sources.weight_values import check_numbers, check_tied
 from transmla.sources.weights import misfit, read_headers
 
 
@@ -38,10 +40,31 @@ def load_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model
         RecipeError: its weights are not those of its configuration, were changed in the cache, or are no numbers.
     """
     config = read_config(folder, key)
-    if folder.parent == cache_folder() and (folder / MANIFEST).is_file() and (found := damage(folder, read_digests)):
-        raise RecipeError(key, f"{folder} is damaged: {found}; delete it, the next run makes it again")
+    _require_unchanged(folder, key)
     check_numbers(folder, config, dtype, key)
     return _load(folder, config, dtype, device, key, generation_config=read_generation(folder, config, key))
+
+
+def stream_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model.source") -> LayeredModel:
+    """A source of which one part is in memory at a time, from a directory that `check_folder` accepts.
+
+    Values that are no numbers are refused when their part is read. key: for errors.
+
+    Raises:
+        RecipeError: its weights were changed in the cache, or head and embedding differ where they should be one.
+    """
+    config = read_config(folder, key)
+    _require_unchanged(folder, key)
+    check_tied(folder, config, key)
+    source = stored_model(folder, config, dtype, torch.device(device), key)
+    source.model.generation_config = read_generation(folder, config, key)
+    return source
+
+
+def _require_unchanged(folder: Path, key: str) -> None:
+    """Refuse a model in the cache that is not what was written there."""
+    if folder.parent == cache_folder() and (folder / MANIFEST).is_file() and (found := damage(folder, read_digests)):
+        raise RecipeError(key, f"{folder} is damaged: {found}; delete it, the next run makes it again")
 
 
 def _load(

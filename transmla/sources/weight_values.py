@@ -24,7 +24,6 @@ def check_numbers(folder: Path, config: PretrainedConfig, dtype: torch.dtype, ke
     """
     most = torch.finfo(dtype).max
     infinite, empty = [], []
-    pair: dict[str, Tensor] = {}
     for file in weight_files(folder, key):
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 - it has no iterator
@@ -36,13 +35,28 @@ def check_numbers(folder: Path, config: PretrainedConfig, dtype: torch.dtype, ke
                     infinite.append(name)
                 elif value.ndim > 1 and low == high == 0:
                     empty.append(name)
-                if config.tie_word_embeddings and name.endswith((EMBEDDING, HEAD)):
-                    pair[HEAD if name.endswith(HEAD) else EMBEDDING] = value
     if infinite:
         what = f"NaN, infinite or too large for {str(dtype).removeprefix('torch.')}"
         raise RecipeError(key, f"{listed(infinite)} of {folder} hold values that are {what}; {AGAIN}")
     if empty:
         raise RecipeError(key, f"{listed(empty)} of {folder} hold nothing but zeros; {AGAIN}")
+    check_tied(folder, config, key)
+
+
+def check_tied(folder: Path, config: PretrainedConfig, key: str) -> None:
+    """Compare head and embedding where the configuration says that they are one. key: for errors.
+
+    Raises:
+        RecipeError: both are stored, and they differ.
+    """
+    if not config.tie_word_embeddings:
+        return
+    pair: dict[str, Tensor] = {}
+    for file in weight_files(folder, key):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it has no iterator
+                if name.endswith((EMBEDDING, HEAD)):
+                    pair[HEAD if name.endswith(HEAD) else EMBEDDING] = stored.get_tensor(name)
     if len(pair) == 2 and not torch.equal(pair[HEAD], pair[EMBEDDING]):
         raise RecipeError(
             key,

@@ -128,7 +128,7 @@ def _loading_report(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dic
         weight_mapping=mapping,
     )
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
-    with _no_progress_bar():
+    with quiet_loading():
         info, _ = convert_and_load_state_dict_in_model(model, state, plan)
     model._adjust_missing_and_unexpected_keys(info)
     for target, source in tied.items():  # one of two tied weights is enough
@@ -138,8 +138,8 @@ def _loading_report(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dic
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Nothing is loaded, so no bar says that something is."""
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' progress bar, where nothing is loaded or only a part."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

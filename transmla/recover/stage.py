@@ -175,6 +175,8 @@ def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | 
     assert config.max_length is not None
     dtype = torch.bfloat16 if config.bf16 else trainer.student.dtype
     reasons = [needs_mask(model.config, config.max_length, dtype, config.device) for model in models]
+    if stage.attention == "mask":
+        reasons.append("as asked")
     if stage.kind == "layerwise" and stage.logits:
         reasons.append("the loss compares attention's logits")
     kind = None if trainer.teacher is None else trainer.teacher.config.model_type
@@ -184,8 +186,8 @@ def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | 
     if why is None:
         for model in models:
             model.config._attn_implementation = PACKED
-        trainer.batches.packed = True
-    trainer.attention = kernels_there(config.device) if why is None else f"a mask: {why}"
+        trainer.batches.packed, trainer.batches.kernel = True, stage.attention
+    trainer.attention = kernels_there(config.device, stage.attention) if why is None else f"a mask: {why}"
 
 
 def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:

@@ -232,10 +232,12 @@ def run_stage(
         key: of the stage in the recipe, for errors.
 
     Returns:
-        tokens seen and the log: loss, learning rate, tokens per second by step; by what it was computed.
+        tokens seen and the log: loss, learning rate, tokens per second by step; by what it was computed; how many
+        checkpoints were written, and the seconds that training stood still for them.
 
     Raises:
-        RecipeError: training was stopped before its end, or its loss or weights are not finite.
+        RecipeError: training was stopped before its end, its loss or weights are not finite, or a checkpoint could
+            not be written.
     """
     train_to_the_end(trainer, checkpoint, key)
     student = trainer.student
@@ -253,4 +255,5 @@ def run_stage(
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
     resumed = None if checkpoint is None else str(checkpoint)
-    return {"tokens": tokens, "log": log, "resumed_from": resumed, "computed_by": trainer.means}
+    found = {"tokens": tokens, "log": log, "resumed_from": resumed, "computed_by": trainer.means}
+    return found | {"checkpoints": trainer.stalls}

@@ -150,6 +150,7 @@ def _side_by_side(
     if device.type != "cuda":
         yield from map(solve, range(count))
         return
+    torch.linalg.eigh(torch.ones(1, 1, device=device))  # loads its library, which only one thread may do
     torch.cuda.current_stream(device).synchronize()  # the streams below do not wait for it
 
     def by_itself(index: int) -> dict[str, Tensor]:

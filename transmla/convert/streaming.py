@@ -22,6 +22,7 @@ from transmla.convert.search import folds_of, split
 from transmla.families import family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import candidates, derive_geometry
+from transmla.hardware import trim_memory
 from transmla.measure.attention_errors import normalised_error
 from transmla.modeling.decoder_layers import DecoderLayers, listening
 from transmla.modeling.state_stream import StateStream
@@ -72,6 +73,7 @@ def stream_conversion(source: LayeredModel, settings: Convert, windows: Tensor, 
         started = time.monotonic()
         with source.part(part):
             keep(work.convert_layer(index))
+        trim_memory()
         seconds.append(round(time.monotonic() - started, 2))
     for part in source.parts[len(layers) + 1 :]:
         with source.part(part):

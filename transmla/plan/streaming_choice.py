@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from transmla.convert.refit import stream_bytes
 from transmla.convert.streaming import needs_whole_models
 from transmla.errors import RecipeError
 from transmla.families import family_of
@@ -131,8 +132,8 @@ def streamed_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype
     """Bytes of a conversion layer by layer.
 
     Where the layers are computed: one layer with the student's attention beside it or the embedding, whichever is
-    larger, this layer's moments, its solving, a batch. On the host: the file of the student that is being filled, the
-    part of the source that is being read.
+    larger, this layer's moments, its solving, a batch, and on a GPU the hidden states. On the host: the file of the
+    student that is being filled, the part of the source that is being read.
     """
     width, layers = dtype.itemsize, config.num_hidden_layers
     embedding = config.vocab_size * config.hidden_size
@@ -141,7 +142,8 @@ def streamed_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype
     work = _moments(recipe, config) + _working(recipe, config, dtype)
     buffers = min(SHARD, width * sizes.student) + part
     if device == "cuda":
-        return Needs(part + work, buffers + PROGRAM)
+        states = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
+        return Needs(part + work + states, buffers + PROGRAM)
     return Needs(0, part + work + buffers + PROGRAM)
 
 

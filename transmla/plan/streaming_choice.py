@@ -1,4 +1,4 @@
-"""Whether a conversion reads its source layer by layer, from what either way takes of the memory that there is."""
+"""Whether a conversion and an evaluation read models layer by layer, from what either way takes of the memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transmla.sources.kinds import kind_of
 from transmla.sources.weight_shards import SHARD
 
 FILL = 0.9  # of what is free; the rest is for fragments of the allocator and other programs
+GENERATED = ("accuracy_drop", "solve_recovered")  # measures of what a model writes or chooses
 SOLVING = 20  # matrices [D, D] in float64 beside a layer's moments while it is solved
 PROGRAM = 3 * 2**30  # bytes of libraries and of CUDA's context in the host's memory
 
@@ -84,12 +85,46 @@ def choose_streaming(
         if searched is not None:
             raise RecipeError(f"convert.{searched}", _searched("convert.streaming is true"))
         return Streaming(True, "convert.streaming is true", streamed)
-    short = _too_little(whole, device)
+    short = _too_little(whole, device, "a whole conversion takes")
     if short is None:
         return Streaming(False, f"source and student fit ({whole.describe()})", whole)
     if packed:
         return Streaming(False, f"{short}, but a GGUF cannot be streamed", whole)
     refusal = None if searched is None else (f"convert.{searched}", _searched(short))
+    return Streaming(True, short, streamed, refusal)
+
+
+def choose_streamed_evaluation(
+    recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str
+) -> Streaming:
+    """Decide how models are evaluated.
+
+    `auto` reads them layer by layer where teacher and student together take more than nine tenths of the GPU's free
+    memory, or one of them (both without a GPU) of the host's. A threshold on what is left out then refuses the run.
+    """
+    heads = 2 * (dtype.itemsize + 4) * config.vocab_size * config.hidden_size  # both, and both in float32
+    both, one = dtype.itemsize * (sizes.source + sizes.student), dtype.itemsize * max(sizes.source, sizes.student)
+    part = dtype.itemsize * 2 * (max(sizes.source, sizes.student) // config.num_hidden_layers)
+    states = stream_bytes(recipe.evaluate.tokens, config.hidden_size, dtype)  # of two models on one dataset
+    if device == "cuda":
+        whole, streamed = Needs(both + heads, one + PROGRAM), Needs(part + heads, part + states + PROGRAM)
+    else:
+        whole, streamed = Needs(0, both + heads + PROGRAM), Needs(0, part + heads + states + PROGRAM)
+    wanted = recipe.evaluate.streaming
+    if wanted is False:
+        return Streaming(False, "evaluate.streaming is false", whole)
+    short = "evaluate.streaming is true" if wanted is True else _too_little(whole, device, "teacher and student take")
+    if short is None:
+        return Streaming(False, f"teacher and student fit ({whole.describe()})", whole)
+    bound = [index for index, one in enumerate(recipe.evaluate.require) if one.measure in GENERATED]
+    refusal = None
+    if bound:
+        measure = recipe.evaluate.require[bound[0]].measure
+        refusal = (
+            f"evaluate.require.{bound[0]}.measure",
+            f"{measure} is not measured on models that are read layer by layer ({short}); leave it out, or use "
+            "evaluate.streaming=false on a machine that holds both models",
+        )
     return Streaming(True, short, streamed, refusal)
 
 
@@ -100,8 +135,8 @@ def _searched(why: str) -> str:
     )
 
 
-def _too_little(needs: Needs, device: str) -> str | None:
-    """What is too small for a whole conversion, in words."""
+def _too_little(needs: Needs, device: str, what: str) -> str | None:
+    """What is too small, in words. what: that takes the memory, with its verb."""
     for where, needed in (("cuda", needs.device), ("cpu", needs.host)):
         if where == "cuda" and device != "cuda":
             continue
@@ -109,7 +144,7 @@ def _too_little(needs: Needs, device: str) -> str | None:
         if needed > FILL * free:
             name = "the GPU's memory" if where == "cuda" else "the host's memory"
             return (
-                f"a whole conversion takes {needed / 2**30:.1f} GiB of {name}, and {free / 2**30:.1f} GiB are free, of "
+                f"{what} {needed / 2**30:.1f} GiB of {name}, and {free / 2**30:.1f} GiB are free, of "
                 f"which {100 * FILL:.0f} % may be used"
             )
     return None

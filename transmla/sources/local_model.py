@@ -45,6 +45,17 @@ def load_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model
     return _load(folder, config, dtype, device, key, generation_config=read_generation(folder, config, key))
 
 
+def stream_model(folder: Path, dtype: torch.dtype, device: str) -> LayeredModel:
+    """A student or an exported model of which one part is in memory at a time.
+
+    Raises:
+        RecipeError: a file is damaged.
+    """
+    read_headers(folder, "output_dir", "delete that folder, to have it made again")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return stored_model(folder, config, dtype, torch.device(device), "output_dir")
+
+
 def stream_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model.source") -> LayeredModel:
     """A source of which one part is in memory at a time, from a directory that `check_folder` accepts.
 

@@ -64,3 +64,18 @@ def test_a_threshold_on_what_is_left_out(tmp_path: Path, capsys) -> None:
     assert main(["recover", *words, require("accuracy_drop", "some", 100.0)]) == 2
     assert "evaluate.require.0.measure: accuracy_drop is not measured" in capsys.readouterr().err
     assert not (tmp_path / "out" / "converted").exists()
+
+
+def test_a_check_that_has_no_memory_for_the_model(finished: dict[str, Path], capsys, monkeypatch) -> None:
+    """In a fresh process, whose modules read their weights when they are called; the same scores, to rounding."""
+    out = finished["false"]
+    monkeypatch.setattr("transmla.run.export.memory_of_check", lambda *args, by_module: 0 if by_module else 2**60)
+    capsys.readouterr()
+    assert main(["verify", *COMMAND, f"output_dir={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "[export] weights are read when they are needed" in printed
+    difference = float(printed.rsplit("log-probabilities| ", 1)[1])
+    assert difference == pytest.approx(report(out)["export"]["max_abs_logprob_diff"], rel=0.5)
+    monkeypatch.setattr("transmla.run.export.memory_of_check", lambda *args, by_module: 2**60)
+    assert main(["verify", *COMMAND, f"output_dir={out}"]) == 2
+    assert "even where weights are read when they are needed" in " ".join(capsys.readouterr().err.split())

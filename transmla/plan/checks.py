@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     output = output_folder(recipe)
     if not recipe.dry_run:
         check_output_folder(output)
-        check_disk(recipe, sizes, found.config, dtype, output)
+        check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
     return Prepared(
         recipe=recipe,
         config=found.config,

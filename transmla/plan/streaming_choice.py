@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -140,7 +141,8 @@ def _too_little(needs: Needs, device: str, what: str) -> str | None:
     for where, needed in (("cuda", needs.device), ("cpu", needs.host)):
         if where == "cuda" and device != "cuda":
             continue
-        free = free_memory(torch.device(where))
+        place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if where == "cuda" else where  # no context on another's GPU
+        free = free_memory(torch.device(place))
         if needed > FILL * free:
             name = "the GPU's memory" if where == "cuda" else "the host's memory"
             return (

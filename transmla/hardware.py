@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import shutil
@@ -83,6 +84,7 @@ def free_memory(device: torch.device) -> int:
 
 def trim_memory() -> None:
     """Give back to the system what the C library keeps of tensors that are gone; in a loop over layers it grows."""
+    gc.collect()  # some are held by cycles, such as an exception and its frames
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
     if trim is not None:
         trim(0)

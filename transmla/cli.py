@@ -79,7 +79,7 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
     from transmla.plan.checks import prepare
 
-    prepared = prepare(recipe, exports=verb in EXPORTING)
+    prepared = prepare(recipe, exports=verb in EXPORTING, text=verb != "bench")
     if recipe.dry_run:
         from transmla.plan.dry_run import render_plan
 

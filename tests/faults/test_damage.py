@@ -77,8 +77,8 @@ def again(finished: Path, tmp_path, monkeypatch, capsys):
     return again
 
 
-CHECKPOINT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
-CHECKPOINT += ["config.json", "training_args.bin", "manifest.json", "../fingerprint"]
+CHECKPOINT = ["trained.safetensors", "optimizer.safetensors", "optimizer_groups.pt", "scheduler.pt", "rng_state.pth"]
+CHECKPOINT += ["trainer_state.json", "manifest.json", "../fingerprint"]
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,7 @@ def targets() -> Iterator[tuple[str, str]]:
     for index, (kind, steps) in enumerate(zip(KINDS, STEPS, strict=True)):
         last = index == len(KINDS) - 1
         place, name = ("", "recovered") if last else ("stages/", f"{index}_{kind}")
-        yield (
-            "recover",
-            f"checkpoints/{index}_{kind}/.partial/checkpoint-8/model.safetensors"
-            if kind != "sft"
-            else (f"checkpoints/{index}_{kind}/.partial/checkpoint-8/adapter_model.safetensors"),
-        )
+        yield "recover", f"checkpoints/{index}_{kind}/.partial/checkpoint-8/trained.safetensors"
         yield "recover", f"checkpoints/{index}_{kind}/checkpoint-{steps}"
         yield "recover", f"{place}.partial-{name}/transmla.json"
         yield "recover", f"{place}{name}/transmla.json"

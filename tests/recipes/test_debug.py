@@ -48,6 +48,8 @@ def test_what_it_leaves(finished: Path) -> None:
         "export",
     ]
     assert all(stage["tokens"] > 0 for stage in report["stages"][:3])
+    assert all(0 < stage["checkpoints"]["stalled_seconds"] < stage["seconds"] for stage in report["stages"][1:3])
+    assert report["stages"][2]["checkpoints"]["count"] == 2 and "checkpoints" not in report["stages"][0]
     assert report["seed"] == 0 and set(report["versions"]) >= {"torch", "transformers", "trl"}
     for folder in ("converted", "recovered", "exported", "stages/0_layerwise"):
         assert (finished / folder / "recipe.yaml").is_file()

@@ -32,11 +32,12 @@ def checkpoints(saved: Path, tmp_path) -> Path:
     return tmp_path
 
 
-FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+FILES = ["trained.safetensors", "optimizer.safetensors", "optimizer_groups.pt", "scheduler.pt", "rng_state.pth"]
+FILES += ["trainer_state.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("change", DAMAGES)
-@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_falls_back(name: str, change, checkpoints: Path) -> None:
     said: list[str] = []
     assert last_checkpoint(checkpoints, said.append) == checkpoints / "checkpoint-4" and not said
@@ -53,7 +54,7 @@ def test_strays_and_emptied_folders_fall_back(checkpoints: Path) -> None:
     said: list[str] = []
     assert last_checkpoint(checkpoints, said.append) == checkpoints / "checkpoint-2"
     assert len(said) == 2
-    (checkpoints / "checkpoint-2" / "optimizer.pt").unlink()
+    (checkpoints / "checkpoint-2" / "optimizer.safetensors").unlink()
     assert last_checkpoint(checkpoints, said.append) is None and "begins anew" in said[-1]
 
 

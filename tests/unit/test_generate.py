@@ -10,7 +10,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTo
 
 from tests.conftest import VOCAB, settings, tiny_model
 from transmla.convert.conversion import convert_model
-from transmla.generate import decoding, sampler
+from transmla.generate import decoding, prefill
 from transmla.generate.decoding import has_fixed_size
 from transmla.generate.prompts import TextPrompts, decoded, piece
 from transmla.generate.sampler import ModelSampler, Sample, batch_seed, batches, choose
@@ -74,16 +74,46 @@ def test_prompts_are_read_a_few_rows_at_a_time(family: str, fixed: bool, monkeyp
     """Not where a layer keeps a window alone."""
     model, end = model_that_ends(family, **({"sliding_window": 8} if family.startswith("gemma") else {}))
     wanted = [plain(model, prompt, GREEDY.max_new_tokens, {0, end}) for prompt in prompts()]
-    monkeypatch.setattr(sampler, "READ", 2 * max(len(prompt) for prompt in prompts()))
-    sizes, logits = [], ModelSampler._logits
+    monkeypatch.setattr(prefill, "READ", 2 * max(len(prompt) for prompt in prompts()))
+    sizes, logits = [], prefill.next_logits
 
-    def counted(self, tokens, *rest):
+    def counted(model, tokens, *rest):
         sizes.append(tokens.shape)
-        return logits(self, tokens, *rest)
+        return logits(model, tokens, *rest)
 
-    monkeypatch.setattr(ModelSampler, "_logits", counted)
+    monkeypatch.setattr(prefill, "next_logits", counted)
     assert ModelSampler(model, Ends(), fixed=fixed)(prompts(), GREEDY, 0) == wanted
     assert len(prompts()) > 2 and (sizes[0][0] == 2) is (family == "llama")
+
+
+@pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("read", [13, 1000])
+def test_prompts_are_read_as_packed_documents(
+    read: int, family: str, student: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits and the padded cache are those of padded prompts; no mask is made."""
+    model = tiny_model(family)
+    if student:
+        model = convert_model(
+            model, settings(qk_rope_head_dim=8, kv_lora_rank=24, freqfold=2), torch.randint(VOCAB, (4, 16))
+        ).student.eval()
+    longest = max(map(len, prompts()))
+    lengths = torch.tensor([len(prompt) for prompt in prompts()])
+    places = torch.arange(longest)[None] - (longest - lengths)[:, None]
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts()])
+    wanted, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    monkeypatch.setattr(prefill, "READ", read)
+    with torch.no_grad():
+        expected = prefill.read_padded(model, tokens, (places >= 0).long(), places.clamp(min=0), wanted)
+        monkeypatch.setattr(prefill, "next_logits", None)
+        found = prefill.read_packed(model, prompts(), cache)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == "sdpa"
+    for one, other in zip(cache.layers, wanted.layers, strict=True):
+        for states, padded in ((one.keys, other.keys), (one.values, other.values)):
+            there = (places >= 0)[:, None, :, None]
+            torch.testing.assert_close(states, padded * there, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_keeps_positions() -> None:

@@ -166,7 +166,8 @@ def test_the_reverse_kl_falls(converted, words, tmp_path) -> None:
     assert all(torch.equal(value, trunk[name]) for name, value in trainer.model.named_parameters() if name in trunk)
 
 
-def test_stopped_and_resumed_equals_straight(converted, words, tmp_path) -> None:
+@pytest.mark.parametrize("train", ["attention", "all"])
+def test_stopped_and_resumed_equals_straight(train: str, converted, words, tmp_path) -> None:
     """Bitwise: the same prompts, samples and weights, from a whole checkpoint."""
 
     class Killed(BaseException):
@@ -177,7 +178,7 @@ def test_stopped_and_resumed_equals_straight(converted, words, tmp_path) -> None
             if state.global_step == 5:
                 raise Killed
 
-    stage = stage_of(steps=8, batch=2, accumulate=2, save_steps=3)
+    stage = stage_of(steps=8, batch=2, accumulate=2, train=train, save_steps=3)
     straight = make(stage, converted, words, tmp_path / "straight")
     whole = run_on_policy(straight, torch.float32)
     stopped = make(stage, converted, words, tmp_path / "stopped")

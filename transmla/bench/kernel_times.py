@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from transmla.bench.divergence_times import divergence_rows
 from transmla.bench.timing import graph_milliseconds, milliseconds
 from transmla.families.family import key_value_heads
 from transmla.geometry import MLAGeometry
 from transmla.modeling.kernels.fused import sdpa
 from transmla.modeling.kernels.one_query import one_latent_query, one_query
-from transmla.modeling.kernels.packed import boundaries, packed_attention, plan_of
-from transmla.recover.losses import Mixture, Teacher, token_loss
+from transmla.modeling.kernels.packed import packed_attention, plan_of
 
 DECODED = ((32, 8192), (8, 32768), (1, 32768))  # rows and cached tokens
-PACKED = ((4096, 4), (8192, 4), (8192, 16), (8192, 1))  # tokens and documents
-SCORED = 8192  # tokens of the divergence
+PACKED = ((4096, 4, True), (8192, 4, True), (8192, 16, False), (8192, 1, True))  # tokens, documents, whether all alike
 
 Row = dict[str, Any]
 
@@ -29,9 +28,9 @@ def kernel_rows(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dt
     """One row a kernel and shape: name, shape, milliseconds, and those of other ways to compute the same."""
     for rows, length in DECODED:
         yield _one_query(config, geometry, dtype, rows, length)
-    for tokens, documents in PACKED:
-        yield _packed(config, geometry, dtype, tokens, documents)
-    yield _divergence(config, dtype)
+    for tokens, documents, alike in PACKED:
+        yield _packed(config, geometry, dtype, tokens, documents, alike=alike)
+    yield from divergence_rows(config, dtype)
 
 
 @torch.no_grad()
@@ -62,17 +61,27 @@ def _one_query(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dty
     }
 
 
-def _packed(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype, tokens: int, documents: int) -> Row:
+def _starts(tokens: int, documents: int, alike: bool) -> Tensor:
+    """Where documents begin, [documents]: evenly, or anywhere."""
+    if alike:
+        return torch.arange(documents) * (tokens // documents)
+    places = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(3))[: documents - 1] + 1
+    return torch.cat([torch.zeros(1, dtype=torch.long), places.sort().values])
+
+
+def _packed(
+    config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype, tokens: int, documents: int, *, alike: bool
+) -> Row:
     heads, wide = config.num_attention_heads, geometry.qk_nope_head_dim + geometry.qk_rope_head_dim
     query, key, value = (
         _drawn(dtype, 1, tokens, heads, width).transpose(1, 2).requires_grad_()
         for width in (wide, wide, geometry.v_head_dim)
     )
     length = tokens // documents
-    bounds = boundaries((torch.arange(tokens) % length)[None])
+    bounds = torch.cat([_starts(tokens, documents, alike), torch.tensor([tokens])]).to(torch.int32)
     plan, on_device = torch.tensor(plan_of(bounds)), bounds.cuda()
     grad = _drawn(dtype, 1, tokens, heads, geometry.v_head_dim)
-    document = torch.arange(tokens, device="cuda") // length
+    document = torch.bucketize(torch.arange(tokens, device="cuda"), on_device[1:].long(), right=True)
     mask = (document[:, None] == document[None]) & torch.ones_like(document[:, None] >= document[None]).tril()
 
     def kernel() -> Tensor:
@@ -93,38 +102,13 @@ def _packed(config: PretrainedConfig, geometry: MLAGeometry, dtype: torch.dtype,
             for states in (query, key, value):
                 states.grad = None
 
-        return milliseconds(work, times=5)
+        return milliseconds(work, times=10)
 
     return {
         "kernel": "packed attention, forward and backward",
-        "shape": f"{tokens:,} in {documents}",
+        "shape": f"{tokens:,} in {documents}{'' if alike else ' uneven'}",
         "ms": both(kernel),
-        "others": {"mask": both(masked), "a batch of documents": both(batch)},
-    }
-
-
-def _divergence(config: PretrainedConfig, dtype: torch.dtype) -> Row:
-    width, words = config.hidden_size, config.vocab_size
-    teacher = _drawn(dtype, SCORED, width)
-    student = (teacher.float() + 0.05 * _drawn(torch.float32, SCORED, width)).to(dtype).requires_grad_()
-    head = _drawn(dtype, words, width) * 0.02
-    logits = SCORED * words
-
-    def loss() -> None:
-        token_loss(student, head, Teacher(teacher, head), labels=None, mixture=Mixture()).backward()
-        student.grad = None
-
-    chunk = min(SCORED, 2**28 // words)
-    slopes = _drawn(dtype, chunk, words)
-    piece = teacher[:chunk]
-    products = sum(
-        milliseconds(work) for work in (lambda: piece @ head.T, lambda: piece @ head.T, lambda: slopes @ head)
-    )
-    return {
-        "kernel": "forward KL through a frozen head",
-        "shape": f"{SCORED:,} x {words:,} x {width:,}",
-        "ms": milliseconds(loss),
-        "others": {"three products": products * logits / (chunk * words)},
+        "others": {"mask": both(masked)} | ({"a batch of documents": both(batch)} if alike else {}),
     }
 
 

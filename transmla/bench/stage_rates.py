@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
 from transmla.families import default_kernel, family_of
 from transmla.families.student_config import student_config
@@ -26,15 +32,17 @@ from transmla.recipe.stages import Distill, Layerwise, OnPolicy, Sft, is_recorde
 from transmla.recover.stage import build_trainer, take_back, trainer_config
 from transmla.sources.random_model import make_random_model
 
-STEPS, SKIPPED = 8, 3  # of a stage, and those in the beginning that are not counted
+STEPS, SKIPPED = 16, 8  # of a stage, and those in the beginning that are not counted: cuDNN makes plans in them
 QUIET = {"save_strategy": "no", "report_to": "none", "logging_steps": 1, "disable_tqdm": True}
 
 Row = dict[str, Any]
 
 
-def stage_rows(prepared: Prepared) -> Iterator[Row]:
+def stage_rows(
+    prepared: Prepared, models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Row]:
     """One row a stage: tokens a second, seconds to the first step, peak memory and what the plan says of it."""
-    teacher, student = _models(prepared)
+    teacher, student = models
     for index, stage in enumerate(prepared.recipe.recover):
         name = f"recover.{index} {stage.kind}"
         if isinstance(stage, OnPolicy):
@@ -42,11 +50,11 @@ def stage_rows(prepared: Prepared) -> Iterator[Row]:
         elif is_recorded(stage) or other_teacher(stage) is not None:
             yield {"stage": name, "skipped": "its teacher is not the source"}
         else:
-            yield _measured(prepared, stage, name, teacher, student)
+            yield _measured(prepared, stage, name, teacher, student, tokenizer)
 
 
-def _models(prepared: Prepared) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A teacher of random weights, and a student with its trunk."""
+def random_models(prepared: Prepared) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A source of random weights, and a student that shares its trunk."""
     config = copy.deepcopy(prepared.config)
     own = student_config(config, prepared.geometry, family_of(config))
     made = []
@@ -57,8 +65,17 @@ def _models(prepared: Prepared) -> tuple[PreTrainedModel, PreTrainedModel]:
             made.append(AutoModelForCausalLM.from_config(one, trust_remote_code=False, **options).eval())
     teacher, student = made
     trunk = {name: value for name, value in teacher.state_dict().items() if ATTENTION not in name}
-    student.load_state_dict(trunk, strict=False)
+    student.load_state_dict(trunk, strict=False, assign=True)
     return teacher, student
+
+
+def random_tokenizer() -> PreTrainedTokenizerBase:
+    """One that a trainer or sampler may hold, while tokens are drawn."""
+    small = {"model_type": "llama", "vocab_size": 260, "hidden_size": 16, "num_attention_heads": 1}
+    facts = small | {"intermediate_size": 16, "num_hidden_layers": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        make_random_model(ModelSource(source="random", config=facts), Path(folder))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class _Clock(TrainerCallback):
@@ -76,24 +93,29 @@ class _Clock(TrainerCallback):
 
 
 def _measured(
-    prepared: Prepared, stage: Layerwise | Distill | Sft, name: str, teacher: PreTrainedModel, student: PreTrainedModel
+    prepared: Prepared,
+    stage: Layerwise | Distill | Sft,
+    name: str,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Row:
     step = int(stage.trainer.get("gradient_accumulation_steps", 1)) * micro_batch(stage)
     stage = stage.model_copy(update={"tokens": max(stage.tokens, STEPS * step), "trainer": stage.trainer | QUIET})
-    student = copy.deepcopy(student)
+    trunk = (
+        [] if stage.train == "all" else [value for name, value in student.named_parameters() if ATTENTION not in name]
+    )
+    student = copy.deepcopy(student, {id(value): value for value in trunk})
     reset_peak_memory(prepared.device)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        small = {"model_type": "llama", "vocab_size": 260, "hidden_size": 16, "num_attention_heads": 1}
-        facts = small | {"intermediate_size": 16, "num_hidden_layers": 1}
-        make_random_model(ModelSource(source="random", config=facts), place / "tokenizer")
         config = trainer_config(stage, place, seed=0, device=prepared.device, dtype=prepared.dtype, processes=1)
         begun = time.monotonic()
         trainer = build_trainer(
             stage,
             student,
             None if stage.kind == "sft" else teacher,
-            AutoTokenizer.from_pretrained(place / "tokenizer", trust_remote_code=False),
+            tokenizer,
             config,
             _documents(prepared.config.vocab_size, STEPS * step, int(config.max_length or 1024)),
             scales=[1.0] * prepared.config.num_hidden_layers,

@@ -30,13 +30,15 @@ def graph_milliseconds(work: Callable[[], object]) -> float:
     return _median(graph.replay)
 
 
+def once(work: Callable[[], object]) -> float:
+    """Of one call by itself."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end)
+
+
 def _median(work: Callable[[], object]) -> float:
-    found = []
-    for _ in range(REPEATED):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end))
-    return statistics.median(found)
+    return statistics.median(once(work) for _ in range(REPEATED))

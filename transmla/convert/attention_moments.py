@@ -7,6 +7,9 @@ attends to, so it is weighed by the spread around z_t. Both are [D, D], means ov
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,40 @@ from transmla.modeling.kernels.eager import cap
 QUERY_STRIDE = 4  # one query in so many is looked at; which one moves from batch to batch
 
 QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
+
+
+@contextmanager
+def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
+    """Let a GPU multiply float32 by its tensor cores (TF32) where a model computes in 16 bits.
+
+    Their factors have 11 significant bits, bfloat16 has 8: inputs lose nothing, and what is rounded (probabilities,
+    averages) errs independently in every token, which adds some 1e-7 of its diagonal to a second moment.
+    """
+    before = torch.get_float32_matmul_precision()
+    if dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def by_distance(weights: Tensor, stride: int) -> Tensor:
+    """Attention by distance: sums along diagonals, all at once.
+
+    Args:
+        weights: [H, R, C], of queries at C - 1, C - 1 - stride, ... (the last row first) to the tokens 0 to C - 1.
+
+    Returns:
+        [H, C], float64, of distances 0 to C - 1.
+    """
+    heads, rows, columns = weights.shape
+    width = columns + stride * (rows - 1)
+    # Every row is shifted so that a distance has the same place in all of them.
+    shifted = weights.new_zeros(heads, rows * width)
+    aligned = shifted.as_strided((heads, rows, columns), (rows * width, width - stride, 1), stride * (rows - 1))
+    aligned.copy_(weights)
+    return shifted.unflatten(1, (rows, width))[..., :columns].sum(1).double().flip(1)
 
 
 class AttentionMoments:
@@ -61,11 +98,12 @@ class AttentionMoments:
         key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)
         position = torch.arange(x.shape[0], device=x.device)
         offset, self.calls = self.calls % QUERY_STRIDE, self.calls + 1
-        chosen = position[min(offset, len(position) - 1) :: QUERY_STRIDE]
+        chosen = range(min(offset, len(x) - 1), len(x), QUERY_STRIDE)
         size = torch.einsum("hsd,hde,hse->hs", value, self.gram, value)  # |O v_s|²
         received = x.new_zeros(self.heads, len(x))
-        for rows in chosen.split(QUERY_BLOCK):
-            columns = position[: rows[-1] + 1]
+        for start in range(0, len(chosen), QUERY_BLOCK):
+            block = chosen[start : start + QUERY_BLOCK]
+            rows, columns = position[block[0] : block[-1] + 1 : QUERY_STRIDE], position[: block[-1] + 1]
             delta = rows[:, None] - columns[None, :]
             logits = cap(query[:, rows].float() @ key[:, columns].float().mT * scaling, softcap)
             hidden = delta < 0 if window is None else (delta < 0) | (delta >= window)
@@ -78,7 +116,7 @@ class AttentionMoments:
             # The first token collects attention that means nothing (a sink), from everywhere: left in, it would make
             # every mean rotation near zero.
             weights[..., 0] = 0.0
-            self.distance.index_add_(1, delta.clamp_min(0).flatten(), weights.flatten(1).double())
+            self.distance[:, : len(columns)] += by_distance(weights, QUERY_STRIDE)
         total = received.sum(0)
         self.attended += (x.mT @ (total[:, None] * x)).double()
         if plain_key is not None:

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments
+from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments, tensor_cores
 from transmla.families import FAMILIES
 from transmla.families.family import HeadNorm, SourceModule
 from transmla.modeling.config_facts import sliding_window_of
@@ -135,7 +135,8 @@ class _Accumulator:
         assert self.input is not None, "an attention's input comes before its queries"
         for row, x in enumerate(self.input):
             plain = None if self.normed is None else self.normed.keys(x.double()).transpose(0, 1)
-            self.attention.add(x, query[row], key[row], value[row], plain_key=plain, **options)
+            with tensor_cores(query.dtype):
+                self.attention.add(x, query[row], key[row], value[row], plain_key=plain, **options)
 
     def result(self) -> LayerStatistics:
         return LayerStatistics(

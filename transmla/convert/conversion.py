@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,8 @@ from transmla.families.student_config import build_student, student_config
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
+
+SOLVED_TOGETHER = 4  # layers, on a GPU
 
 
 @dataclass(kw_only=True)
@@ -121,15 +125,41 @@ def assemble_student(
     config = student_config(source.config, geometry, family)
     attention: dict[str, Tensor] = {}
     layers = source.model.layers
-    for index, layer in enumerate(tqdm(layers, desc="convert", unit="layer")):
-        weights = linear_attention(family, layer.self_attn, source.config, statistics[index], source.device)
+
+    def solve(index: int) -> dict[str, Tensor]:
+        weights = linear_attention(family, layers[index].self_attn, source.config, statistics[index], source.device)
         frequencies = family.frequencies(source, index).double()
         solved = solve_attention(
             weights, statistics[index], frequencies, geometry, settings, config, freqfold=geometry.freqfold_of(index)
         )
         prefix = f"model.layers.{index}{ATTENTION}"
-        attention |= {f"{prefix}{name}": value.to(source.dtype) for name, value in solved.items()}
+        return {f"{prefix}{name}": value.to(source.dtype) for name, value in solved.items()}
+
+    for found in tqdm(
+        _side_by_side(solve, len(layers), source.device), total=len(layers), desc="convert", unit="layer"
+    ):
+        attention |= found
     return build_student(source, geometry, family, attention)
+
+
+def _side_by_side(
+    solve: Callable[[int], dict[str, Tensor]], count: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """What `solve` gives for every layer, in order; on a GPU several at a time, since eigenvectors of one matrix leave
+    most of it idle."""
+    if device.type != "cuda":
+        yield from map(solve, range(count))
+        return
+    torch.cuda.current_stream(device).synchronize()  # the streams below do not wait for it
+
+    def by_itself(index: int) -> dict[str, Tensor]:
+        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            found = solve(index)
+            torch.cuda.current_stream(device).synchronize()
+        return found
+
+    with ThreadPoolExecutor(SOLVED_TOGETHER) as workers:
+        yield from workers.map(by_itself, range(count))
 
 
 def linear_attention(

@@ -13,17 +13,15 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from transmla.generate.decoding import Decoder, has_fixed_size
+from transmla.generate.prefill import next_logits, packs, read_packed, read_padded
 from transmla.recipe.writing import Sampling
-
-READ = 65536  # tokens of prompts that are read at a time: an MLP's activations of all would fill a card
 
 LOOK = 8  # steps between two looks at which rows are done: looking waits for the device. Part of what a seed means
 
@@ -123,7 +121,11 @@ class ModelSampler:
         places = torch.arange(longest, device=device)[None] - (longest - lengths)[:, None]
         mask, positions = (places >= 0).long(), places.clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        first = choose(self._read(tokens, mask if padded else None, positions, cache), settings, generator)
+        if padded and packs(self.model, cache):
+            read = read_packed(self.model, prompts, cache)
+        else:
+            read = read_padded(self.model, tokens, mask if padded else None, positions, cache)
+        first = choose(read, settings, generator)
         if self.fixed and has_fixed_size(self.model, cache):
             try:
                 rest = self._decoder(settings).run(
@@ -148,38 +150,6 @@ class ModelSampler:
             self.decoder = Decoder(self.model, pick, self.ends, self.generator)
         return self.decoder
 
-    def _read(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Read the prompts into a cache, long ones a few rows at a time; the logits behind them [B, V]."""
-        rows = max(1, READ // tokens.shape[1])
-        plain = [type(layer) is DynamicLayer for layer in cache.layers]
-        if rows >= len(tokens) or not plain or not all(plain):
-            return self._logits(tokens, mask, positions, cache)
-        pieces, logits = [], []
-        for start in range(0, len(tokens), rows):
-            part = slice(start, start + rows)
-            pieces.append(DynamicCache(config=self.model.config))
-            own = None if mask is None else mask[part]
-            logits.append(self._logits(tokens[part], own, positions[part], pieces[-1]))
-        for index in range(len(cache.layers)):
-            layers: list[Any] = [piece.layers[index] for piece in pieces]
-            cache.update(torch.cat([one.keys for one in layers]), torch.cat([one.values for one in layers]), index)
-            for layer in layers:
-                layer.keys = layer.values = None
-        return torch.cat(logits)
-
-    def _next(self, tokens, mask, positions, cache, settings, generator) -> Tensor:
-        return choose(self._logits(tokens, mask, positions, cache), settings, generator)
-
-    def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        return self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
     def _grown(self, chosen, mask, positions, cache, settings, generator, *, padded: bool) -> Tensor:
         """[B, max_new_tokens] tokens, -1 after a row's last step, with a cache that grows."""
         written = torch.full((len(chosen), settings.max_new_tokens), -1, device=chosen.device)
@@ -197,7 +167,9 @@ class ModelSampler:
                     cache.batch_select_indices(left)
             positions = positions + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            chosen = self._next(tokens, mask if padded else None, positions, cache, settings, generator)
+            chosen = choose(
+                next_logits(self.model, tokens, mask if padded else None, positions, cache), settings, generator
+            )
             written[rows, step] = chosen
             done[rows] |= torch.isin(chosen, self.ends)
             tokens = chosen[:, None]

@@ -45,11 +45,12 @@ class Prepared:
     kinds: dict[str, str]  # what the rows of each `data` list are, by key: text, messages or completion
 
 
-def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
+def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepared:
     """Check a recipe against the machine, the source's configuration and the data files.
 
     Args:
         exports: whether a final checkpoint is to be written.
+        text: whether the recipe's text is to be read, and anything made of it kept.
 
     Raises:
         RecipeError: the first thing that would fail later.
@@ -65,16 +66,18 @@ def prepare(recipe: Recipe, *, exports: bool = True) -> Prepared:
     sizes = count_parameters(found.config, found.student)
     streaming = choose_streaming(recipe, found.config, sizes, dtype, device)
     evaluation = choose_streamed_evaluation(recipe, found.config, sizes, dtype, device)
-    kinds = check_data(recipe, found.config.max_position_embeddings)
+    kinds = check_data(recipe, found.config.max_position_embeddings) if text else {}
     check_stages(recipe, found.config, device, dtype, kinds)
     check_budgets(recipe, found.config, sizes, found.geometry.source_cache, device, streaming.on)
-    check_evaluation(recipe, found.config.max_position_embeddings)
+    if text:
+        check_evaluation(recipe, found.config.max_position_embeddings)
     if exports and not recipe.dry_run:
         check_export(recipe, sizes, found.config)
     output = output_folder(recipe)
     if not recipe.dry_run:
         check_output_folder(output)
-        check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
+        if text:
+            check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
     return Prepared(
         recipe=recipe,
         config=found.config,

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from transmla.convert.refit import stream_bytes
 from transmla.hardware import require_disk
-from transmla.plan.memory import Sizes
+from transmla.plan.memory import Sizes, snapshot_bytes
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import AnyStage
@@ -51,7 +51,7 @@ def bytes_by_artifact(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dt
         model=width * sizes.student,
         exported=export_width * (sizes.student + config.vocab_size * config.hidden_size),  # the head is never tied
         states=states,
-        checkpoints=[_checkpoint_bytes(stage, sizes, width) for stage in recipe.recover],
+        checkpoints=[_checkpoint_bytes(stage, sizes) for stage in recipe.recover],
         written=_written_bytes(recipe),
         recorded=_recorded_bytes(recipe),
     )
@@ -62,16 +62,16 @@ def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype:
     return bytes_by_artifact(recipe, sizes, config, dtype).total
 
 
-def _checkpoint_bytes(stage: AnyStage, sizes: Sizes, width: int) -> int:
+def _checkpoint_bytes(stage: AnyStage, sizes: Sizes) -> int:
     """Of all checkpoints of a stage that are there at a time."""
-    trained, trainer = sizes.trained(stage), stage.trainer
-    one = 12 * trained + width * (sizes.student - trained)  # float32 masters, two moments; the rest as it is
+    trainer = stage.trainer
     if trainer.get("save_strategy") == "no":
         return 0
     steps, every = steps_of(stage, 1), float(trainer.get("save_steps", DEFAULTS["save_steps"]))
     saved = math.ceil(1 / every) if every < 1 else steps // int(every) + 1
     kept = trainer.get("save_total_limit", DEFAULTS["save_total_limit"])
-    return one * (saved if kept is None else min(saved, kept + 1))  # the newest is whole before the oldest goes
+    there = saved if kept is None else min(saved, kept + 1)  # the newest is whole before the oldest goes
+    return there * snapshot_bytes(stage, sizes)
 
 
 def _written_bytes(recipe: Recipe) -> int:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from transmla.plan.data_checks import unseen_files
 from transmla.plan.disk import bytes_on_disk
-from transmla.plan.memory import training_memory
+from transmla.plan.memory import Sizes, snapshot_bytes, training_memory
 from transmla.plan.streaming_choice import Streaming
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
@@ -28,6 +28,13 @@ def _kept_states(stage: AnyStage, config: PretrainedConfig, dtype: torch.dtype) 
         return ", and the teacher's states of every row of the data"
     row = int(stage.trainer.get("max_length", 1024)) * width * torch.finfo(dtype).bits // 8
     return f", and {row / 2**20:.1f} MiB for every row of the data, for the teacher's states"
+
+
+def _snapshot(stage: AnyStage, sizes: Sizes) -> str:
+    """What the first process takes of the machine's memory for the copy that a checkpoint is written from."""
+    if stage.trainer.get("save_strategy") == "no":
+        return ""
+    return f", {snapshot_bytes(stage, sizes) / 2**30:.1f} GiB of the machine's memory for checkpoints"
 
 
 def _searched(section: Convert) -> str:
@@ -95,7 +102,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
-            f"about {memory:.1f} GiB per device{_kept_states(stage, config, dtype)}"
+            f"about {memory:.1f} GiB per device{_snapshot(stage, sizes)}{_kept_states(stage, config, dtype)}"
         )
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",

@@ -48,6 +48,12 @@ def count_parameters(config: PretrainedConfig, student_config: PretrainedConfig)
     )
 
 
+def snapshot_bytes(stage: AnyStage, sizes: Sizes) -> int:
+    """Of one checkpoint of a stage, on disk and before that in the machine's memory: trained weights and AdamW's two
+    moments, in float32."""
+    return 12 * sizes.trained(stage)
+
+
 def training_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Rough bytes a device needs for a stage without sharding: weights, gradients, AdamW, activations, logits."""
     return _weights(stage, sizes, dtype) + step_memory(stage, sizes, config, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import is_torch_tf32_available
 
 from transmla.errors import RecipeError
+from transmla.families import default_kernel
 from transmla.hardware import has_compiler
 from transmla.modeling.config_facts import final_softcap
+from transmla.modeling.kernels.packed import needs_mask, why_no_cudnn
 from transmla.plan.trainer_checks import check_trainers
 from transmla.recipe.budget import ROW_LENGTH
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.schema import Recipe
-from transmla.recipe.stages import AnyStage, Distill, OnPolicy, TrainerStage
+from transmla.recipe.stages import AnyStage, Distill, Layerwise, OnPolicy, TrainerStage
 from transmla.sources.check import check_planned
 from transmla.sources.config import source_config
 from transmla.sources.kinds import kind_of
@@ -31,7 +34,7 @@ def check_stages(
     On a GPU a loss over logits is always compiled (transmla.recover.losses); so are kernels of trl's on-policy loss.
 
     Args:
-        config: of the source. kinds: what the rows of every list are, by its key.
+        config: of the source. kinds: what the rows of every list that was looked at are, by its key.
 
     Raises:
         RecipeError: a trainer that trl cannot make; rows that do not fit the model or the loss; a compiled stage
@@ -39,8 +42,11 @@ def check_stages(
     """
     for index, stage in enumerate(recipe.recover):
         key = f"recover.{index}.trainer"
-        _check_rows(stage, key, kinds[f"recover.{index}.data"], config)
+        if f"recover.{index}.data" in kinds:
+            _check_rows(stage, key, kinds[f"recover.{index}.data"], config)
         _check_device(stage, key, device)
+        if isinstance(stage, TrainerStage):
+            _check_attention(stage, f"recover.{index}", config, torch.device(device), dtype)
     check_trainers(recipe.recover, device, dtype, int(os.environ.get("WORLD_SIZE", "1")))
     for index, stage in enumerate(recipe.recover):
         if device == "cuda" and stage.kind != "layerwise" and not has_compiler():
@@ -93,6 +99,32 @@ def _check_device(stage: AnyStage, key: str, device: str) -> None:
         raise RecipeError(f"{key}.tf32", "this device has no such number format (Ampere and newer have); leave it out")
     if stage.trainer.get("activation_offloading") and device != "cuda":
         raise RecipeError(f"{key}.activation_offloading", "activations are in the CPU's memory already; leave it out")
+
+
+def _check_attention(
+    stage: TrainerStage, key: str, config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """A kernel that was asked for by name and cannot run."""
+    if stage.attention in ("auto", "mask"):
+        return
+    key, instead = f"{key}.attention", "auto would use"
+    trainer = stage.trainer
+    if not trainer.get("packing", True) or trainer.get("packing_strategy") == "wrapped":
+        raise RecipeError(
+            key,
+            f"{stage.attention} is for packed documents, and rows of this stage are not packed; leave it out",
+        )
+    length = int(trainer.get("max_length", ROW_LENGTH))
+    facts = copy.deepcopy(config)
+    facts._attn_implementation = default_kernel(config.model_type)
+    if (reason := needs_mask(facts, length, dtype, device)) is not None:
+        raise RecipeError(key, f"{stage.attention} cannot compute this: {reason}; {instead} a mask")
+    if isinstance(stage, Layerwise) and stage.logits:
+        raise RecipeError(key, f"{stage.attention} does not show the logits that the loss compares; {instead} a mask")
+    if device.type != "cuda":
+        raise RecipeError(key, f"{stage.attention} needs a GPU; {instead} every document by itself")
+    if stage.attention == "cudnn" and (reason := why_no_cudnn(device)) is not None:
+        raise RecipeError(key, f"cuDNN's kernel cannot run: {reason}; {instead} FlashAttention's")
 
 
 def _check_teacher(stage: Distill, teacher: ModelSource, key: str, config: PretrainedConfig, *, online: bool) -> None:

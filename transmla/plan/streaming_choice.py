@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from transmla.convert.conversion import SOLVED_TOGETHER
 from transmla.convert.refit import stream_bytes
 from transmla.convert.streaming import needs_whole_models
 from transmla.errors import RecipeError
@@ -155,10 +156,12 @@ def _too_little(needs: Needs, device: str, what: str) -> str | None:
 def whole_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str) -> Needs:
     """Bytes of a conversion that holds both models.
 
-    Where the layers are computed: the source, the student's attentions, moments of all layers, the solving of one, a
-    batch. On the host beside a GPU: the source while it is loaded, and as much of the student while it is saved.
+    Where the layers are computed: the source, the student's attentions, moments of all layers, the solving of those
+    that are solved together, a batch. On the host beside a GPU: the source while it is loaded, and as much of the
+    student while it is saved.
     """
-    work = config.num_hidden_layers * _moments(recipe, config) + _working(recipe, config, dtype)
+    together = min(SOLVED_TOGETHER, config.num_hidden_layers) if device == "cuda" else 1
+    work = config.num_hidden_layers * _moments(recipe, config) + _working(recipe, config, dtype, together)
     models = dtype.itemsize * (sizes.source + sizes.attention)
     if device == "cuda":
         return Needs(models + work, dtype.itemsize * max(sizes.source, sizes.student) + PROGRAM)
@@ -176,7 +179,7 @@ def streamed_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype
     embedding = config.vocab_size * config.hidden_size
     outside = embedding * (1 if config.tie_word_embeddings else 2)
     part = width * max((sizes.source - outside + sizes.attention) // layers, embedding)
-    work = _moments(recipe, config) + _working(recipe, config, dtype)
+    work = _moments(recipe, config) + _working(recipe, config, dtype, 1)
     buffers = min(SHARD, width * sizes.student) + part
     if device == "cuda":
         states = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
@@ -193,8 +196,8 @@ def _moments(recipe: Recipe, config: PretrainedConfig) -> int:
     return 8 * count
 
 
-def _working(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes beside weights and moments: a layer is solved, or text passes it."""
+def _working(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, together: int) -> int:
+    """Bytes beside weights and moments: layers are solved, so many together, or text passes one."""
     section = recipe.convert.calibration
     batch = section.batch_size * section.max_length * (6 * config.hidden_size + 3 * config.intermediate_size)
-    return max(8 * SOLVING * config.hidden_size**2, dtype.itemsize * batch)
+    return max(8 * SOLVING * together * config.hidden_size**2, dtype.itemsize * batch)

@@ -46,6 +46,8 @@ class TrainerStage(Stage):
     """What the stages of this project's own trainers have besides.
 
     compile: the layers of student and teacher; `auto`: where it pays (transmla.recover.compiling.why_not).
+    attention: what computes it over packed documents: cuDNN's kernel, FlashAttention's, or any by a mask; `auto`: the
+        fastest that there is (transmla.modeling.kernels.packed).
     relative_learning_rate: the learning rate is a share of every weight's size, its root mean square when the stage
         begins, so that one rate fits models of large and of small weights: AdamW moves a weight by about its learning
         rate a step.
@@ -53,6 +55,7 @@ class TrainerStage(Stage):
 
     train: Literal["attention", "all", "lora"]
     compile: bool | Literal["auto"] = "auto"
+    attention: Literal["auto", "cudnn", "flash", "mask"] = "auto"
     relative_learning_rate: bool = False
     lora: Lora = Lora()
 

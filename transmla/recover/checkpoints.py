@@ -1,26 +1,49 @@
-"""Checkpoints that are there whole or not at all, for any transformers trainer."""
+"""Checkpoints that are there whole or not at all, written beside the training loop, for any transformers trainer."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from transmla.errors import RecipeError
 from transmla.files import PARTIAL, damage, fsync, fsync_tree, listed_files, remove, save_manifest
+from transmla.recover.background import Background
+from transmla.recover.snapshot import (
+    HostMemory,
+    join_optimizer,
+    read_optimizer,
+    read_weights,
+    split_optimizer,
+    trained_weights,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
 else:
     Trainer = object  # a mixin, which has no trainer of its own
 
-# What a stage goes on from, by the beginnings of file names: transformers would begin anew with any of the rest.
+WEIGHTS = "trained.safetensors"
+MOMENTS = "optimizer.safetensors"
+GROUPS = "optimizer_groups.pt"  # of the optimizer, what is no tensor
+
+# What a stage goes on from, by the beginnings of file names. The later ones are DeepSpeed's and FSDP's; checkpoints of
+# earlier versions had `model.safetensors` and `optimizer.pt`.
 PARTS = {
-    "the weights": ("model", "adapter_model", "pytorch_model"),
-    "the optimizer": ("optimizer", "global_step"),
+    "the trained weights": (WEIGHTS, "global_step", "pytorch_model_fsdp"),
+    "the optimizer": (MOMENTS, "global_step", "optimizer.bin", "optimizer_0"),
     "the scheduler": ("scheduler", "global_step"),
     "the random numbers": ("rng_state",),
     "the trainer's state": ("trainer_state.json",),
@@ -28,42 +51,183 @@ PARTS = {
 
 
 class AtomicCheckpoints(Trainer):
-    """Mixin before a `transformers.Trainer`.
+    """Mixin before a `transformers.Trainer`: checkpoints of what is trained, which hardly stop the training.
 
-    transformers writes `checkpoint-N` file by file, and a run that was killed meanwhile resumes from the torso. Here
-    all of it is written below `.partial` with a manifest, synced, and renamed once every process is done; old
-    checkpoints go last.
+    transformers writes `checkpoint-N` file by file, frozen weights too, and a run that was killed meanwhile resumes
+    from the torso. Here
+
+        the loop    copies trained weights and optimizer into host memory; small files go below `.partial` at once
+        a thread    writes the copies beside them, a manifest, syncs, renames to `checkpoint-N`, removes old checkpoints
+
+    The thread is waited for before the next snapshot and when training ends, in whichever way; its error ends
+    training. On several processes the first copies and writes, and every one adds its random numbers before that.
+    Trainers that DeepSpeed or FSDP has wrapped write all themselves, and training waits.
     """
 
     _saving = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._writer = Background()
+        self._memory = HostMemory()
+        self._pending: dict[str, dict[str, Tensor]] = {}  # by file, what is to be copied
+        self.stalls = {"count": 0, "stalled_seconds": 0.0}  # of checkpoints, and how long training stood still for them
+        super().__init__(*args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which also ends with the last checkpoint on disk.
+
+        Raises:
+            RecipeError: a checkpoint could not be written.
+        """
+        try:
+            output = super().train(*args, **kwargs)
+            with self._stalled():
+                self._wait()
+        finally:
+            self._writer.join()  # on an error too: what is being written will be whole
+            self._memory.release()
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' own; ends training where a checkpoint could not be written."""
+        with writing(self.args.output_dir):
+            self._writer.check()
+        return super().training_step(*args, **kwargs)
+
+    @property
+    def _by_wrapper(self) -> bool:
+        """Whether weights and optimizer are in pieces that only DeepSpeed or FSDP knows."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @contextmanager
+    def _stalled(self) -> Iterator[None]:
+        """Counts the time within as lost to checkpoints; what the device has still to do before it does not count."""
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)
+        begun = time.monotonic()
+        yield
+        self.stalls["stalled_seconds"] = round(self.stalls["stalled_seconds"] + time.monotonic() - begun, 3)
+
+    def _wait(self) -> None:
+        """Wait until the last checkpoint is there; raises what came in its way."""
+        self._writer.join()
+        with writing(self.args.output_dir):
+            self._writer.check()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: trl writes one with every checkpoint, and nobody reads it."""
 
     def _get_output_dir(self, trial: object) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, PARTIAL) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        final = Path(super()._get_output_dir(trial))
-        partial = final / PARTIAL
+        with self._stalled():
+            self._wait()
+            with writing(self.args.output_dir):
+                self._snapshot(model, trial)
+        self.stalls["count"] += 1
+
+    def _snapshot(self, model: nn.Module, trial: object) -> None:
+        folder, step = Path(super()._get_output_dir(trial)), self.state.global_step
+        final = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        partial = folder / PARTIAL / final.name
         if self.is_world_process_zero():
-            remove(partial)
+            remove(partial.parent)
         self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            remove(final)  # no whole one: training went on from the newest of these
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
-        self.accelerator.wait_for_everyone()
+        files = self._memory.copies(self._pending)
+        self._pending = {}
+        self.accelerator.wait_for_everyone()  # every process's random numbers are there
+        limit = self.args.save_total_limit
         if self.is_world_process_zero():
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_manifest(partial / name)
-            fsync_tree(partial / name)
-            remove(final / name)
-            os.replace(partial / name, final / name)
-            remove(partial)
-            fsync(final)  # the rename itself
-            if self.args.save_total_limit:
-                rotate_checkpoints(output_dir=str(final), save_total_limit=self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()
+            if self._by_wrapper:
+                publish(partial, final, files, limit)
+            else:
+                self._writer.start(lambda: publish(partial, final, files, limit))
+        if self._by_wrapper:
+            self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; into a checkpoint, the trained weights alone."""
+        if not self._saving or self._by_wrapper:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            assert self.model is not None and output_dir is not None
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._pending[WEIGHTS] = trained_weights(self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._by_wrapper:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            self._pending[MOMENTS], groups = split_optimizer(self.optimizer.state_dict())
+            with warnings.catch_warnings(action="ignore"):  # PyTorch reminds of the optimizer, which is here too
+                schedule = self.lr_scheduler.state_dict()
+            for name, content in ((GROUPS, groups), (SCHEDULER_NAME, schedule)):
+                packed = io.BytesIO()  # torch.save to a file turns a full disk into an error without a reason
+                torch.save(content, packed)
+                (Path(output_dir) / name).write_bytes(packed.getbuffer())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._by_wrapper:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        assert self.model is not None
+        try:
+            read_weights(Path(resume_from_checkpoint) / WEIGHTS, self.model)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RecipeError(
+                "output_dir", f"{resume_from_checkpoint} is not of what this stage trains: {error}; remove it"
+            ) from None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._by_wrapper:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        folder = Path(checkpoint)
+        groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(join_optimizer(read_optimizer(folder / MOMENTS, self.args.device), groups))
+        with warnings.catch_warnings(action="ignore"):
+            self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+@contextmanager
+def writing(folder: str | None) -> Iterator[None]:
+    """Turns an error of the disk, or of the memory for the copy, into one sentence.
+
+    Raises:
+        RecipeError: with the reason.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, SafetensorError) as error:
+        raise RecipeError(
+            "output_dir",
+            f"no checkpoint can be written below {folder}: {error}; make room, or mend the folder, and "
+            "the same command goes on",
+        ) from error
+
+
+def publish(partial: Path, final: Path, files: dict[str, dict[str, Tensor]], limit: int | None) -> None:
+    """Add files of tensors to a folder, make it a whole checkpoint, remove those beyond the `limit` newest."""
+    for name, tensors in files.items():
+        save_file(tensors, partial / name)
+    save_manifest(partial)
+    fsync_tree(partial)
+    os.replace(partial, final)
+    remove(partial.parent)
+    fsync(final.parent)  # the rename itself
+    if limit:
+        rotate_checkpoints(output_dir=str(final.parent), save_total_limit=limit)
 
 
 def step_of(checkpoint: Path) -> int:

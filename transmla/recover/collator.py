@@ -16,11 +16,12 @@ class CountingCollator:
     It adds `kept` [n], the positions that are scored (`kept_positions`), and leaves out an attention mask that masks
     nothing. Asked of the device, their number and `mask.all()` would each stop the CPU until every kernel is done, and
     the device would then be idle until the next ones are launched. For the same reason the boundaries of packed
-    documents are found here, where attention goes by them (`packed`), and what its kernel is chosen by.
+    documents are found here, where attention goes by them (`packed`), and what its kernel is chosen by (`kernel`, as
+    `plan_of` takes it).
     """
 
     def __init__(self, collator: Callable[[list], dict[str, Tensor]], *, packed: bool = False) -> None:
-        self.collator, self.packed = collator, packed
+        self.collator, self.packed, self.kernel = collator, packed, "auto"
 
     def __call__(self, rows: list) -> dict[str, Any]:
         batch: dict[str, Any] = dict(self.collator(rows))
@@ -28,7 +29,7 @@ class CountingCollator:
             del batch["attention_mask"]
         if self.packed:
             bounds = boundaries(batch["position_ids"])
-            batch |= {"document_bounds": bounds, "document_plan": plan_of(bounds)}
+            batch |= {"document_bounds": bounds, "document_plan": plan_of(bounds, self.kernel)}
         return batch | {"kept": kept_positions(batch["labels"])}
 
 

@@ -30,10 +30,10 @@ class _FiniteLoss(TrainerCallback):
 
 def _stop_between_steps(trainer: Trainer) -> None:
     """Let `enable_jit_checkpoint` save at the end of a step alone: within one, random numbers are drawn already, and
-    what goes on from there would have others."""
+    what goes on from there would have others. At an epoch's end the step's own checkpoint may be there already."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, JITCheckpointCallback):
-            for event in ("on_step_begin", "on_pre_optimizer_step"):
+            for event in ("on_step_begin", "on_pre_optimizer_step", "on_epoch_end"):
                 setattr(callback, event, lambda *arguments, **keywords: None)
 
 

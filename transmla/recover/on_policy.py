@@ -185,10 +185,12 @@ def run_on_policy(
         key: of the stage in the recipe, for errors.
 
     Returns:
-        tokens seen (prompts and continuations), the log: loss, entropy, length of continuations by step.
+        tokens seen (prompts and continuations), the log: loss, entropy, length of continuations by step; how many
+        checkpoints were written, and the seconds that training stood still for them.
 
     Raises:
-        RecipeError: training was stopped before its end, or its loss or weights are not finite.
+        RecipeError: training was stopped before its end, its loss or weights are not finite, or a checkpoint could
+            not be written.
     """
     train_to_the_end(trainer, checkpoint, key)
     student = trainer.accelerator.unwrap_model(trainer.model)
@@ -201,7 +203,8 @@ def run_on_policy(
     student.eval()
     require_finite(student, key)
     state, start = trainer.state, None if checkpoint is None else str(checkpoint)
-    return {"tokens": state.num_input_tokens_seen, "log": state.log_history, "resumed_from": start}
+    found = {"tokens": state.num_input_tokens_seen, "log": state.log_history, "resumed_from": start}
+    return found | {"checkpoints": trainer.stalls}
 
 
 def train_on_policy(

@@ -175,6 +175,8 @@ def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | 
     assert config.max_length is not None
     dtype = torch.bfloat16 if config.bf16 else trainer.student.dtype
     reasons = [needs_mask(model.config, config.max_length, dtype, config.device) for model in models]
+    if stage.attention == "mask":
+        reasons.append("as asked")
     if stage.kind == "layerwise" and stage.logits:
         reasons.append("the loss compares attention's logits")
     kind = None if trainer.teacher is None else trainer.teacher.config.model_type
@@ -184,8 +186,8 @@ def _attend_by_documents(trainer: RecoveryTrainer, stage: Layerwise | Distill | 
     if why is None:
         for model in models:
             model.config._attn_implementation = PACKED
-        trainer.batches.packed = True
-    trainer.attention = kernels_there(config.device) if why is None else f"a mask: {why}"
+        trainer.batches.packed, trainer.batches.kernel = True, stage.attention
+    trainer.attention = kernels_there(config.device, stage.attention) if why is None else f"a mask: {why}"
 
 
 def _keep_teacher(trainer: DistillTrainer, reserve: int, key: str) -> None:
@@ -230,10 +232,12 @@ def run_stage(
         key: of the stage in the recipe, for errors.
 
     Returns:
-        tokens seen and the log: loss, learning rate, tokens per second by step; by what it was computed.
+        tokens seen and the log: loss, learning rate, tokens per second by step; by what it was computed; how many
+        checkpoints were written, and the seconds that training stood still for them.
 
     Raises:
-        RecipeError: training was stopped before its end, or its loss or weights are not finite.
+        RecipeError: training was stopped before its end, its loss or weights are not finite, or a checkpoint could
+            not be written.
     """
     train_to_the_end(trainer, checkpoint, key)
     student = trainer.student
@@ -251,4 +255,5 @@ def run_stage(
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
     resumed = None if checkpoint is None else str(checkpoint)
-    return {"tokens": tokens, "log": log, "resumed_from": resumed, "computed_by": trainer.means}
+    found = {"tokens": tokens, "log": log, "resumed_from": resumed, "computed_by": trainer.means}
+    return found | {"checkpoints": trainer.stalls}

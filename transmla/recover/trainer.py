@@ -76,8 +76,9 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
     @property
     def means(self) -> str:
         """By what the stage is computed, for log and report."""
+        formats = "bfloat16, trained weights in float32" if self.args.bf16 else "float32"
         attention = "" if self.attention is None else f"; attention over packed documents: {self.attention}"
-        return f"{self.compiled}{attention}"
+        return f"{formats}; {self.compiled}{attention}"
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split where weights have rates of their own."""

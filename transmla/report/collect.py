@@ -40,7 +40,7 @@ def collect(
                 "tokens": own.get("tokens", 0),
                 "peak_memory_gib": round(own["peak_memory_bytes"] / 2**30, 2),
             }
-            | ({"computed_by": own["computed_by"]} if "computed_by" in own else {})
+            | {key: own[key] for key in ("computed_by", "checkpoints") if key in own}
         )
         if "log" in own:
             logs.append({"name": name, "log": own["log"]})

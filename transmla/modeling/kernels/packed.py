@@ -32,6 +32,7 @@ DOCUMENTS = ("document_bounds", "document_plan")  # what a trunk hands through t
 # Where cuDNN is faster on an H100: keys that lie in a query's document, the mean over queries; with values narrower
 # than keys, which FlashAttention has to widen, heads times tokens from which its longer way to a launch does not count.
 LONG, MANY = 1536, 2**17
+SHORT_ONES, LONG_ONES, ALWAYS_FLASH, ALWAYS_CUDNN = range(4)  # second number of a plan
 STEP = 512  # the longest document is rounded up to it: cuDNN makes a plan for every length
 
 
@@ -56,15 +57,17 @@ def trunk_arguments(bounds: Tensor, plan: tuple[int, int]) -> dict[str, Tensor]:
     }
 
 
-def plan_of(bounds: Tensor) -> tuple[int, int]:
-    """What the choice of a kernel goes by: length of the longest document, rounded up, and whether documents are long.
+def plan_of(bounds: Tensor, kernel: str = "auto") -> tuple[int, int]:
+    """What the choice of a kernel goes by: length of the longest document, rounded up, and whether documents are long
+    (SHORT_ONES, LONG_ONES), or which kernel was asked for (ALWAYS_FLASH, ALWAYS_CUDNN).
 
     Args:
-        bounds: on the CPU.
+        bounds: on the CPU. kernel: `auto`, `cudnn` or `flash`.
     """
     lengths = bounds.diff().double()
     long = float(lengths.square().sum()) >= LONG * float(lengths.sum())
-    return -(-int(lengths.max()) // STEP) * STEP, int(long)
+    asked = {"auto": LONG_ONES if long else SHORT_ONES, "cudnn": ALWAYS_CUDNN, "flash": ALWAYS_FLASH}
+    return -(-int(lengths.max()) // STEP) * STEP, asked[kernel]
 
 
 def needs_mask(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -91,25 +94,37 @@ def needs_mask(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device
     return None
 
 
-def kernels_there(device: torch.device) -> str:
-    """For the log: what computes attention over packed documents on this device."""
+def kernels_there(device: torch.device, kernel: str = "auto") -> str:
+    """For the log: what computes attention over packed documents on this device. kernel: as `plan_of` takes it."""
     if device.type == "cpu":
         return "every document by itself"
+    if kernel != "auto":
+        return f"{'cuDNN' if kernel == 'cudnn' else 'FlashAttention'}'s kernel, as asked"
     if _has_cudnn(device):
         return "cuDNN's kernel where there is much to do, FlashAttention's elsewhere"
     return "FlashAttention's kernel"
 
 
-@cache
-def _has_cudnn(device: torch.device) -> bool:
-    """Whether cuDNN's frontend is there, its operators registered, on a card on which it was measured."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or find_spec("cudnn") is None:
-        return False
+def why_no_cudnn(device: torch.device) -> str | None:
+    """Why cuDNN's kernel cannot compute attention over packed documents here; None: it can."""
+    if device.type != "cuda":
+        return "it needs a GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"it was measured on compute capability 9.0 alone, this card has {capability[0]}.{capability[1]}"
+    if find_spec("cudnn") is None:
+        return 'the package nvidia-cudnn-frontend is not installed (pip install "transmla[gpu]")'
     try:
         import_module("cudnn.sdpa.fwd.torch_op")
     except ImportError:
-        return False  # a version without them
-    return True
+        return "this version of nvidia-cudnn-frontend has no such operator; 1.32 has"
+    return None
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's frontend is there, its operators registered, on a card on which it was measured."""
+    return why_no_cudnn(device) is None
 
 
 def packed_attention(
@@ -174,11 +189,13 @@ library.define(
 )
 
 
-def _by_cudnn(query: Tensor, value: Tensor, long: int) -> bool:
+def _by_cudnn(query: Tensor, value: Tensor, chosen: int) -> bool:
     """Whether cuDNN's kernel computes this: the rule."""
     tokens, heads, width = query.shape
-    wanted = long or (value.shape[-1] < width and heads * tokens >= MANY)
-    return bool(wanted) and _has_cudnn(query.device)
+    if chosen in (ALWAYS_FLASH, ALWAYS_CUDNN):
+        return chosen == ALWAYS_CUDNN
+    wanted = chosen == LONG_ONES or (value.shape[-1] < width and heads * tokens >= MANY)
+    return wanted and _has_cudnn(query.device)
 
 
 def _of_documents(bounds: Tensor, longest: int) -> dict[str, Any]:
@@ -192,15 +209,9 @@ def _packed(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, plan: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """query [T, H, E], key [T, G, E], value [T, G, V] -> output [T, H, V], logarithms of the sums [H, T]."""
-    longest, long = plan.tolist()
-    if _by_cudnn(query, value, long):
-        out, logs = torch.ops.cudnn.sdpa_fwd(
-            query,
-            key,
-            value,
-            scaling,
-            **_of_documents(bounds, longest),
-        )
+    longest, chosen = plan.tolist()
+    if _by_cudnn(query, value, chosen):
+        out, logs = torch.ops.cudnn.sdpa_fwd(query, key, value, scaling, **_of_documents(bounds, longest))
         return out, logs[:, :, 0].T.contiguous()
     width = value.shape[-1]
     out, logs = torch.ops.aten._flash_attention_forward(
@@ -227,8 +238,8 @@ def _packed_backward(
     plan: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    longest, long = plan.tolist()
-    if _by_cudnn(query, value, long):
+    longest, chosen = plan.tolist()
+    if _by_cudnn(query, value, chosen):
         padded = import_module("cudnn.sdpa.fwd.torch_op").thd_lse_to_padded
         return torch.ops.cudnn.sdpa_bwd(
             grad.contiguous(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import shutil
@@ -78,6 +80,14 @@ def free_memory(device: torch.device) -> int:
         return psutil.virtual_memory().available
     torch.cuda.empty_cache()  # what the allocator holds of tensors that are gone is free too
     return torch.cuda.mem_get_info(device)[0]
+
+
+def trim_memory() -> None:
+    """Give back to the system what the C library keeps of tensors that are gone; in a loop over layers it grows."""
+    gc.collect()  # some are held by cycles, such as an exception and its frames
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory(device: str) -> int:

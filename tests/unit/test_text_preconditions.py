@@ -9,7 +9,7 @@ import pytest
 from tests.unit.test_conversations import TURNS
 from transmla.cli import main
 from transmla.recipe.compose import load_recipe
-from transmla.run.evaluate import _reference_file
+from transmla.run.paths import reference_file
 from transmla.sources.random_model import make_random_model
 
 GOOD = "".join(json.dumps({"text": f"Sentence {index} about the sea."}) + "\n" for index in range(60))
@@ -134,6 +134,6 @@ def test_every_dataset_has_a_reference_file_of_its_own(tmp_path) -> None:
         "x" * 301,
         "",
     ]
-    files = [_reference_file(tmp_path, name) for name in names]
+    files = [reference_file(tmp_path, name) for name in names]
     assert len({str(file).lower() for file in files}) == len(names)
     assert all(file.parent == tmp_path and len(file.name) < 100 for file in files)

@@ -22,8 +22,9 @@ from transmla.convert.search import folds_of, split
 from transmla.families import family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import candidates, derive_geometry
-from transmla.measure.attention_errors import normalised_error
-from transmla.modeling.decoder_layers import DecoderLayers, listening
+from transmla.hardware import trim_memory
+from transmla.measure.streamed_quality import attention_of, output_error
+from transmla.modeling.decoder_layers import DecoderLayers
 from transmla.modeling.state_stream import StateStream
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
@@ -72,6 +73,7 @@ def stream_conversion(source: LayeredModel, settings: Convert, windows: Tensor, 
         started = time.monotonic()
         with source.part(part):
             keep(work.convert_layer(index))
+        trim_memory()
         seconds.append(round(time.monotonic() - started, 2))
     for part in source.parts[len(layers) + 1 :]:
         with source.part(part):
@@ -167,7 +169,8 @@ class _Streaming:
         least, chosen = float("inf"), 0
         for fold in folds_of(self.geometry):
             tried = solve(fold)
-            error = self._output_error(index, tried, inputs, statistics.output_mean_square)
+            self._load(index, tried)
+            error = output_error(self.layers, index, inputs, statistics.output_mean_square)
             if not best or error < least:
                 best, least, chosen = tried, error, fold
         self.folds.append(chosen)
@@ -175,24 +178,11 @@ class _Streaming:
 
     def _attention_inputs(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """By held-out window: what the source's attention is given, and what it puts out."""
-        assert self.judged is not None, "windows are held out where something is auto"
-        module, found = self.source.model.model.layers[index].self_attn, []
-        for rows in rows_of(self.judged.states, 1):
-            with listening(module, stop=True) as out, listening(module, inputs=True) as given:
-                self.source.layers.run(index, self.judged.get(rows, self.source.device))
-            found.append((given[0], out[0]))
-        return found
-
-    def _output_error(
-        self, index: int, attention: dict[str, Tensor], inputs: list[tuple[Tensor, Tensor]], scale: float
-    ) -> float:
-        """Normalised output error of a student attention on the source's inputs, the mean over tokens."""
-        self._load(index, attention)
-        module, total = self.student.model.layers[index].self_attn, torch.zeros((), device=self.source.device)
-        for given, expected in inputs:
-            out, _ = module(hidden_states=given, **self.layers.arguments(index, *given.shape[:2]))
-            total = total + normalised_error(out, expected, scale)
-        return float(total) / sum(given.shape[0] * given.shape[1] for given, _ in inputs)
+        judged, source = self.judged, self.source
+        assert judged is not None, "windows are held out where something is auto"
+        return [
+            attention_of(source.layers, index, judged.get(rows, source.device)) for rows in rows_of(judged.states, 1)
+        ]
 
     def _load(self, index: int, attention: dict[str, Tensor]) -> None:
         """Put an attention into the student's layer, beside the source's trunk."""

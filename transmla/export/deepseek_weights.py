@@ -10,6 +10,8 @@ A student that has real norms on its latents (`mla_latent_norm`) keeps them: sam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +24,9 @@ from transmla.export.expressible import blocking_dtype, blocking_feature, has_la
 RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
 
 
-@torch.no_grad()
+BLOCK = 2**24  # numbers that exist in float64 at a time while a large matrix is scaled
+
+
 def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """State dict of the DeepSeek-V3 model, computed in float64 and stored in `dtype`, on the CPU.
 
@@ -31,37 +35,54 @@ def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> d
     Raises:
         ValueError: the student has a feature that the format cannot express, or weights that `dtype` cannot hold.
     """
-    config = student.config
+    head = {"lm_head.weight": student.get_output_embeddings().weight}  # a tied one may be no entry of its own
+    return export_tensors(student.state_dict() | head, student.config, layout, dtype)
+
+
+@torch.no_grad()
+def export_tensors(
+    state: Mapping[str, Tensor], config: PretrainedConfig, layout: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Some tensors of the DeepSeek-V3 model, as in `export_state`.
+
+    Args:
+        state: tensors of the student by name; of an attention all or none. config: of the student.
+    """
     if (reason := blocking_feature(config) or blocking_dtype(config, dtype)) is not None:
         raise ValueError(f"export: {reason}")
     own, to, names = student_dimensions(config), export_dimensions(config, layout), name_map(config)
     alpha = (EPS / config.rms_norm_eps) ** 0.5
     out: dict[str, Tensor] = {}
     attention: dict[int, dict[str, Tensor]] = {}
-    for name, value in student.state_dict().items():
+    for name, value in state.items():
         pattern, layer = template(name)
         inside = pattern.removeprefix(LAYER) if layer is not None else ""
         if layer is not None and pattern.startswith(ATTENTION) and inside not in RESIDUAL_WRITERS:
             attention.setdefault(layer, {})[pattern.removeprefix(ATTENTION)] = value.double().cpu()
             continue
         value = value.detach().cpu()
-        if name == "model.embed_tokens.weight" or inside in RESIDUAL_WRITERS:
-            value = value.double() * alpha
-            if name.endswith("o_proj.weight"):
-                value = _pad_columns(value, config.num_attention_heads, own.v_head_dim, to.v_head_dim)
-        out[names.to_deepseek[pattern].format(layer)] = value.to(dtype)
-    head = (
-        student.get_output_embeddings().weight.detach().cpu()
-    )  # a tied one is no entry of its own, or the embedding's
-    out[names.to_deepseek["lm_head.weight"]] = head.to(dtype)
+        if name.endswith("o_proj.weight"):
+            value = _pad_columns(value, config.num_attention_heads, own.v_head_dim, to.v_head_dim)
+        scaled = name == "model.embed_tokens.weight" or inside in RESIDUAL_WRITERS
+        out[names.to_deepseek[pattern].format(layer)] = _scaled(value, alpha, dtype) if scaled else value.to(dtype)
     for index, weights in attention.items():
+        prefix = ATTENTION.format(index)
         if config.mla_qkv_bias:
-            writer = student.model.layers[index].self_attn.o_proj.weight.detach().cpu()
-            bias = alpha * _output_bias(weights, writer, config, own)
-            out[ATTENTION.format(index) + "o_proj.bias"] = bias.to(dtype)
+            writer = state[f"{prefix}o_proj.weight"].detach().cpu()
+            out[f"{prefix}o_proj.bias"] = (alpha * _output_bias(weights, writer, config, own)).to(dtype)
         for name, value in _attention_state(weights, config, own, to, names).items():
-            out[ATTENTION.format(index) + name] = value.to(dtype)
+            out[f"{prefix}{name}"] = value.to(dtype)
     return {name: value.contiguous().clone() for name, value in out.items()}
+
+
+def _scaled(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """value · factor, multiplied in float64 and stored in `dtype`, block by block: an embedding of 2 GB would take 20
+    otherwise."""
+    out = torch.empty_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = max(1, BLOCK // max(1, value[0].numel()))
+    for source, target in zip(value.split(rows), out.split(rows), strict=True):
+        target.copy_(source.double() * factor)
+    return out
 
 
 def _pad_columns(weight: Tensor, heads: int, width: int, target: int) -> Tensor:

@@ -13,16 +13,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 LOADERS = {"stock": "stock transformers", "student": "transformers with transmla"}
 
 
-def score(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
+def score(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False) -> Tensor:
     """Load a directory with transformers; log-probabilities [n, L, V] in float32 of every next word.
 
     Whatever format the weights are stored in, they are multiplied in float32: rounded products would hide a mistake.
@@ -30,20 +32,71 @@ def score(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
     Args:
         tokens: [n, L].
         stock: whether it must load without this package.
+        by_module: weights are read when a module needs them, for a model that does not fit in memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if not stock:
         importlib.import_module("transmla")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    if by_module:
+        model = model_on_disk(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     if stock:
         assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
     with torch.no_grad():
         return torch.cat([model(row[None]).logits.float().log_softmax(-1) for row in tokens])
 
 
-def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool) -> Tensor:
+def model_on_disk(folder: Path, **options: Any) -> PreTrainedModel:
+    """transformers' model in float32 whose modules read their weights when they are called and let them go afterwards.
+
+    Args:
+        options: of `from_config`, such as `attn_implementation`.
+    """
+    import torch
+    from accelerate import cpu_offload, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False, **options).eval()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    weights: Any = _StoredTensors(folder, tied)  # typed as a dictionary
+    cpu_offload(model, execution_device=torch.device("cpu"), state_dict=weights)
+    return model
+
+
+class _StoredTensors(Mapping[str, "Tensor"]):
+    """Tensors of a directory by name, each read when it is asked for. tied: other names of some."""
+
+    def __init__(self, folder: Path, tied: Mapping[str, str]) -> None:
+        from safetensors import safe_open
+
+        self.open = lambda file: safe_open(file, framework="pt")
+        self.files: dict[str, Path] = {}
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else None
+        for file in [folder / name for name in names or ["model.safetensors"]]:
+            with self.open(file) as stored:
+                self.files |= dict.fromkeys(stored.keys(), file)
+        self.names = {name: name for name in self.files}
+        self.names |= {name: other for name, other in tied.items() if other in self.files}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored = self.names[name]
+        with self.open(self.files[stored]) as file:
+            return file.get_slice(stored)[...].float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False) -> Tensor:
     """`score` where importing `transmla` fails, or, for a checkpoint that is not stock, where it does not.
 
     Raises:
@@ -53,7 +106,14 @@ def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool) -> Tens
 
     # -P and no PYTHONPATH: neither the current directory nor this file's is searched for modules.
     kind = "stock" if stock else "student"
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), str(folder), kind]
+    command = [
+        sys.executable,
+        "-P",
+        str(Path(__file__).resolve()),
+        str(folder),
+        kind,
+        *(["by_module"] if by_module else []),
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if not stock:  # the package that wrote the checkpoint, not another one that may be installed
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
@@ -86,7 +146,7 @@ class _Refuse:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden from the reload check)")
 
 
-def main(folder: str, kind: str) -> None:
+def main(folder: str, kind: str, how: str = "whole") -> None:
     """Tokens as JSON on standard input; on standard output a line with the shape of the scores, then their bytes."""
     out: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no score
@@ -94,7 +154,9 @@ def main(folder: str, kind: str) -> None:
         sys.meta_path.insert(0, _Refuse)
     import torch
 
-    scores = score(Path(folder), torch.tensor(json.load(sys.stdin)), stock=kind == "stock")
+    scores = score(
+        Path(folder), torch.tensor(json.load(sys.stdin)), stock=kind == "stock", by_module=how == "by_module"
+    )
     out.write(json.dumps(scores.shape).encode() + b"\n")
     for row in scores:  # row by row: bytes of all of them would be a second copy
         out.write(row.contiguous().numpy().tobytes())

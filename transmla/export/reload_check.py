@@ -19,28 +19,38 @@ DEFAULT_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.
 MAX_KL = 5e-3
 
 
-def memory_of_check(section: Verify, parameters: int, config: PretrainedConfig) -> int:
-    """Rough bytes of memory that the check takes at its fullest: one model in float32, and the log-probabilities of
-    both, of which one is in two processes."""
-    return 4 * parameters + 4 * 3 * section.tokens * config.vocab_size
+def memory_of_check(section: Verify, parameters: int, config: PretrainedConfig, *, by_module: bool = False) -> int:
+    """Rough bytes of memory that the check takes at its fullest: one model in float32, or its largest module where
+    weights are read by module, and the log-probabilities of both, of which one is in two processes."""
+    largest = config.hidden_size * max(config.vocab_size, config.intermediate_size)
+    weights = 2 * largest if by_module else parameters  # as it is stored, too
+    return 4 * weights + 4 * 3 * section.tokens * config.vocab_size
 
 
 @torch.no_grad()
 def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
-    rows = [student(row[None].to(student.device)).logits.float().log_softmax(-1).cpu() for row in tokens]
+    device = "cpu" if student.device.type == "meta" else student.device  # weights that are read by module
+    rows = [student(row[None].to(device)).logits.float().log_softmax(-1).cpu() for row in tokens]
     return torch.cat(rows)
 
 
 def check_reload(
-    folder: Path, tokens: Tensor, expected: Tensor, section: Verify, dtype: torch.dtype, *, stock: bool = True
+    folder: Path,
+    tokens: Tensor,
+    expected: Tensor,
+    section: Verify,
+    dtype: torch.dtype,
+    *,
+    stock: bool = True,
+    by_module: bool = False,
 ) -> float:
     """Score tokens with the exported model in a fresh process and compare.
 
     Args:
         expected: log-probabilities of the student in float32, [n, L, V].
         dtype: what the weights are stored in; decides the tolerance where the recipe names none.
-        stock: whether it must load without this package.
+        stock: whether it must load without this package. by_module: whether weights are read when they are needed.
 
     Returns:
         The largest difference.
@@ -50,7 +60,7 @@ def check_reload(
     """
     tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
     try:
-        scores = score_in_fresh_process(folder, tokens, stock=stock)
+        scores = score_in_fresh_process(folder, tokens, stock=stock, by_module=by_module)
     except (OSError, RuntimeError) as error:  # no process, no memory, no checkpoint that loads
         raise RecipeError("export.verify", f"{error}; nothing was published") from None
     difference = float((scores - expected).abs().max())

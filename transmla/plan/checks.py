@@ -23,7 +23,7 @@ from transmla.plan.memory import Sizes, count_parameters
 from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import check_output_folder, output_folder
 from transmla.plan.stage_checks import check_stages
-from transmla.plan.streaming_choice import Streaming, choose_streaming
+from transmla.plan.streaming_choice import Streaming, choose_streamed_evaluation, choose_streaming
 from transmla.recipe.schema import Recipe
 
 
@@ -40,6 +40,7 @@ class Prepared:
     output: Path
     export: Format
     streaming: Streaming  # whether the conversion reads its source layer by layer
+    evaluation: Streaming  # whether models are evaluated layer by layer
     notice: str | None  # what the user should know about the conversion
     kinds: dict[str, str]  # what the rows of each `data` list are, by key: text, messages or completion
 
@@ -64,6 +65,7 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     found = check_conversion(recipe, dtype, exports=exports)
     sizes = count_parameters(found.config, found.student)
     streaming = choose_streaming(recipe, found.config, sizes, dtype, device)
+    evaluation = choose_streamed_evaluation(recipe, found.config, sizes, dtype, device)
     kinds = check_data(recipe, found.config.max_position_embeddings) if text else {}
     check_stages(recipe, found.config, device, dtype, kinds)
     check_budgets(recipe, found.config, sizes, found.geometry.source_cache, device, streaming.on)
@@ -75,7 +77,7 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     if not recipe.dry_run:
         check_output_folder(output)
         if text:
-            check_disk(recipe, sizes, found.config, dtype, output)
+            check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
     return Prepared(
         recipe=recipe,
         config=found.config,
@@ -86,6 +88,7 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
         output=output,
         export=found.export,
         streaming=streaming,
+        evaluation=evaluation,
         notice=found.notice,
         kinds=kinds,
     )

@@ -117,8 +117,10 @@ def peak_of(artifacts: Iterable[Made]) -> int:
     return most
 
 
-def check_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype, output: Path) -> None:
-    """Check that what a run needs is free, beside what is below `output` already.
+def check_disk(
+    recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype, output: Path, *, streamed: bool
+) -> None:
+    """Check that what a run needs is free, beside what is below `output` already. streamed: whether the conversion is.
 
     Which of that is still good, and which stands until its replacement is whole, is seen later (transmla.run.room).
 
@@ -130,6 +132,8 @@ def check_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: to
     parts = {"evaluate.tokens": needed.states, "write": needed.written, "recover": needed.recorded}
     blamed = next((key for key, size in parts.items() if size > needed.total / 2), "output_dir")
     require_disk(output, needed.total - there, blamed)
-    if recipe.convert.refit:
+    if recipe.convert.refit or streamed:
         streams = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
-        require_disk(Path(tempfile.gettempdir()), streams, "convert.refit")
+        require_disk(
+            Path(tempfile.gettempdir()), streams, "convert.calibration.tokens" if streamed else "convert.refit"
+        )

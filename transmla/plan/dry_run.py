@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transmla.plan.data_checks import unseen_files
 from transmla.plan.disk import bytes_on_disk
 from transmla.plan.memory import Sizes, snapshot_bytes, training_memory
+from transmla.plan.streaming_choice import Streaming
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
 from transmla.recipe.stages import AnyStage
@@ -44,12 +45,12 @@ def _searched(section: Convert) -> str:
     return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
 
 
-def _memory_of_conversion(prepared: Prepared) -> list[str]:
-    streaming = prepared.streaming
+def _memory(streaming: Streaming) -> list[str]:
+    """How models are read for a stage, what that takes, and why."""
     how = "layer by layer" if streaming.on else "whole models"
-    lines = [f"{how}, about {streaming.needs.describe()}, because {streaming.reason}"]
+    lines = [f"             {how}, about {streaming.needs.describe()}, because {streaming.reason}"]
     if streaming.refusal is not None:
-        lines.append(f"refused on this machine: {streaming.refusal[0]}: {streaming.refusal[1]}")
+        lines.append(f"             refused on this machine: {streaming.refusal[0]}: {streaming.refusal[1]}")
     return lines
 
 
@@ -73,6 +74,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     """The text that `dry_run=true` prints."""
     recipe, config, geometry, dtype = prepared.recipe, prepared.config, prepared.geometry, prepared.dtype
     sizes = prepared.sizes
+    left_out = recipe.evaluate.generated if prepared.evaluation.on else []
     g = geometry
     query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
     lines = [
@@ -92,7 +94,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *_writing(recipe),
         f"convert      calibrate on {recipe.convert.calibration.tokens:,} tokens of "
         f"{', '.join(map(str, recipe.convert.calibration.data))}",
-        *(f"             {line}" for line in _memory_of_conversion(prepared)),
+        *_memory(prepared.streaming),
     ]
     for index, stage in enumerate(recipe.recover):
         trained = sizes.trained(stage)
@@ -107,6 +109,8 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *(f"             note: {note}" for note in prepared.export.notes),
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",
+        *_memory(prepared.evaluation),
+        *([f"             left out: {', '.join(left_out)}"] if left_out else []),
         *(
             f"solve        {entry.name}: {entry.samples} to each problem, at most {entry.max_new_tokens:,} tokens "
             f"per reply"

@@ -17,12 +17,12 @@ def check_export(recipe: Recipe, sizes: Sizes, config: PretrainedConfig) -> None
     Raises:
         RecipeError: it could not, whatever else is running.
     """
-    needed = memory_of_check(recipe.export.verify, sizes.student, config)
+    needed = memory_of_check(recipe.export.verify, sizes.student, config, by_module=True)
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     if there < needed:
         raise RecipeError(
             "export.verify",
             f"the check of the export takes {needed / 2**30:.1f} GiB of memory for {recipe.export.verify.tokens:,} "
-            f"tokens and a model in float32, the machine has {there / 2**30:.1f}; lower export.verify.tokens or use "
-            "another machine",
+            f"tokens, even where weights are read when they are needed, the machine has {there / 2**30:.1f}; lower "
+            "export.verify.tokens or use another machine",
         )

@@ -1,12 +1,15 @@
-"""Whether a conversion reads its source layer by layer, from what either way takes of the memory that there is."""
+"""Whether a conversion and an evaluation read models layer by layer, from what either way takes of the memory."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
 
+from transmla.convert.conversion import SOLVED_TOGETHER
+from transmla.convert.refit import stream_bytes
 from transmla.convert.streaming import needs_whole_models
 from transmla.errors import RecipeError
 from transmla.families import family_of
@@ -18,6 +21,7 @@ from transmla.sources.kinds import kind_of
 from transmla.sources.weight_shards import SHARD
 
 FILL = 0.9  # of what is free; the rest is for fragments of the allocator and other programs
+GENERATED = ("accuracy_drop", "solve_recovered")  # measures of what a model writes or chooses
 SOLVING = 20  # matrices [D, D] in float64 beside a layer's moments while it is solved
 PROGRAM = 3 * 2**30  # bytes of libraries and of CUDA's context in the host's memory
 
@@ -83,12 +87,46 @@ def choose_streaming(
         if searched is not None:
             raise RecipeError(f"convert.{searched}", _searched("convert.streaming is true"))
         return Streaming(True, "convert.streaming is true", streamed)
-    short = _too_little(whole, device)
+    short = _too_little(whole, device, "a whole conversion takes")
     if short is None:
         return Streaming(False, f"source and student fit ({whole.describe()})", whole)
     if packed:
         return Streaming(False, f"{short}, but a GGUF cannot be streamed", whole)
     refusal = None if searched is None else (f"convert.{searched}", _searched(short))
+    return Streaming(True, short, streamed, refusal)
+
+
+def choose_streamed_evaluation(
+    recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str
+) -> Streaming:
+    """Decide how models are evaluated.
+
+    `auto` reads them layer by layer where teacher and student together take more than nine tenths of the GPU's free
+    memory, or one of them (both without a GPU) of the host's. A threshold on what is left out then refuses the run.
+    """
+    heads = 2 * (dtype.itemsize + 4) * config.vocab_size * config.hidden_size  # both, and both in float32
+    both, one = dtype.itemsize * (sizes.source + sizes.student), dtype.itemsize * max(sizes.source, sizes.student)
+    part = dtype.itemsize * 2 * (max(sizes.source, sizes.student) // config.num_hidden_layers)
+    states = stream_bytes(recipe.evaluate.tokens, config.hidden_size, dtype)  # of two models on one dataset
+    if device == "cuda":
+        whole, streamed = Needs(both + heads, one + PROGRAM), Needs(part + heads, part + states + PROGRAM)
+    else:
+        whole, streamed = Needs(0, both + heads + PROGRAM), Needs(0, part + heads + states + PROGRAM)
+    wanted = recipe.evaluate.streaming
+    if wanted is False:
+        return Streaming(False, "evaluate.streaming is false", whole)
+    short = "evaluate.streaming is true" if wanted is True else _too_little(whole, device, "teacher and student take")
+    if short is None:
+        return Streaming(False, f"teacher and student fit ({whole.describe()})", whole)
+    bound = [index for index, one in enumerate(recipe.evaluate.require) if one.measure in GENERATED]
+    refusal = None
+    if bound:
+        measure = recipe.evaluate.require[bound[0]].measure
+        refusal = (
+            f"evaluate.require.{bound[0]}.measure",
+            f"{measure} is not measured on models that are read layer by layer ({short}); leave it out, or use "
+            "evaluate.streaming=false on a machine that holds both models",
+        )
     return Streaming(True, short, streamed, refusal)
 
 
@@ -99,16 +137,17 @@ def _searched(why: str) -> str:
     )
 
 
-def _too_little(needs: Needs, device: str) -> str | None:
-    """What is too small for a whole conversion, in words."""
+def _too_little(needs: Needs, device: str, what: str) -> str | None:
+    """What is too small, in words. what: that takes the memory, with its verb."""
     for where, needed in (("cuda", needs.device), ("cpu", needs.host)):
         if where == "cuda" and device != "cuda":
             continue
-        free = free_memory(torch.device(where))
+        place = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if where == "cuda" else where  # no context on another's GPU
+        free = free_memory(torch.device(place))
         if needed > FILL * free:
             name = "the GPU's memory" if where == "cuda" else "the host's memory"
             return (
-                f"a whole conversion takes {needed / 2**30:.1f} GiB of {name}, and {free / 2**30:.1f} GiB are free, of "
+                f"{what} {needed / 2**30:.1f} GiB of {name}, and {free / 2**30:.1f} GiB are free, of "
                 f"which {100 * FILL:.0f} % may be used"
             )
     return None
@@ -117,10 +156,12 @@ def _too_little(needs: Needs, device: str) -> str | None:
 def whole_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype: torch.dtype, device: str) -> Needs:
     """Bytes of a conversion that holds both models.
 
-    Where the layers are computed: the source, the student's attentions, moments of all layers, the solving of one, a
-    batch. On the host beside a GPU: the source while it is loaded, and as much of the student while it is saved.
+    Where the layers are computed: the source, the student's attentions, moments of all layers, the solving of those
+    that are solved together, a batch. On the host beside a GPU: the source while it is loaded, and as much of the
+    student while it is saved.
     """
-    work = config.num_hidden_layers * _moments(recipe, config) + _working(recipe, config, dtype)
+    together = min(SOLVED_TOGETHER, config.num_hidden_layers) if device == "cuda" else 1
+    work = config.num_hidden_layers * _moments(recipe, config) + _working(recipe, config, dtype, together)
     models = dtype.itemsize * (sizes.source + sizes.attention)
     if device == "cuda":
         return Needs(models + work, dtype.itemsize * max(sizes.source, sizes.student) + PROGRAM)
@@ -131,17 +172,18 @@ def streamed_needs(recipe: Recipe, config: PretrainedConfig, sizes: Sizes, dtype
     """Bytes of a conversion layer by layer.
 
     Where the layers are computed: one layer with the student's attention beside it or the embedding, whichever is
-    larger, this layer's moments, its solving, a batch. On the host: the file of the student that is being filled, the
-    part of the source that is being read.
+    larger, this layer's moments, its solving, a batch, and on a GPU the hidden states. On the host: the file of the
+    student that is being filled, the part of the source that is being read.
     """
     width, layers = dtype.itemsize, config.num_hidden_layers
     embedding = config.vocab_size * config.hidden_size
     outside = embedding * (1 if config.tie_word_embeddings else 2)
     part = width * max((sizes.source - outside + sizes.attention) // layers, embedding)
-    work = _moments(recipe, config) + _working(recipe, config, dtype)
+    work = _moments(recipe, config) + _working(recipe, config, dtype, 1)
     buffers = min(SHARD, width * sizes.student) + part
     if device == "cuda":
-        return Needs(part + work, buffers + PROGRAM)
+        states = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
+        return Needs(part + work + states, buffers + PROGRAM)
     return Needs(0, part + work + buffers + PROGRAM)
 
 
@@ -154,8 +196,8 @@ def _moments(recipe: Recipe, config: PretrainedConfig) -> int:
     return 8 * count
 
 
-def _working(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes beside weights and moments: a layer is solved, or text passes it."""
+def _working(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, together: int) -> int:
+    """Bytes beside weights and moments: layers are solved, so many together, or text passes one."""
     section = recipe.convert.calibration
     batch = section.batch_size * section.max_length * (6 * config.hidden_size + 3 * config.intermediate_size)
-    return max(8 * SOLVING * config.hidden_size**2, dtype.itemsize * batch)
+    return max(8 * SOLVING * together * config.hidden_size**2, dtype.itemsize * batch)

@@ -152,3 +152,9 @@ class Evaluate(Section):
         1.2  # small models go round in circles under greedy decoding
     )
     solve: list[Solve] = []  # problems whose answers are checked
+    streaming: bool | Literal["auto"] = "auto"  # read models layer by layer; auto: where teacher and student do not fit
+
+    @property
+    def generated(self) -> list[str]:
+        """Keys of what needs a whole model in memory, and is left out where models are read layer by layer."""
+        return [f"evaluate.{name}" for name in ("tasks", "solve", "prompts") if getattr(self, name)]

@@ -56,6 +56,7 @@ def collect(
         "tasks": compare_tasks(tasks, answers),
         "layer_errors": {name: own["layer_errors"] for name, own in evaluations.items() if "layer_errors" in own},
         "continuations": {name: own["continuations"] for name, own in evaluations.items() if own.get("continuations")},
+        "left_out": sorted({key for own in evaluations.values() for key in own.get("left_out", ())}),
         "export": None
         if export is None
         else {

@@ -38,6 +38,8 @@ def render(report: dict[str, Any]) -> str:
         ]
     for dataset in next(iter(report["quality"].values()), {}):
         lines += quality_table(report, dataset)
+    if report["left_out"]:
+        lines += [f"Not measured, because models were read layer by layer: {', '.join(report['left_out'])}.", ""]
     lines += task_tables(report["tasks"])
     lines += recovered_table(report["recovered"])
     lines += threshold_table(report["required"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
@@ -37,12 +38,15 @@ class Run:
     """
 
     def __init__(self, prepared: Prepared) -> None:
+        # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
+        self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ
+        broadcast_object_list(chosen)
+        prepared = replace(prepared, streaming=chosen[0], evaluation=chosen[1])
         self.prepared = prepared
         self.recipe = prepared.recipe
         self.paths = Paths(prepared.output, prepared.recipe)
         self.digests = Fingerprints(prepared)
-        # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
-        self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         self.missed: list[str] = []
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":

@@ -9,12 +9,14 @@ import torch
 
 from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
+from transmla.export.fresh_process import model_on_disk
 from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
+from transmla.families import family_of
 from transmla.hardware import free_memory
 from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
-from transmla.sources.local_model import load_model
+from transmla.sources.local_model import load_model, stream_model
 
 MAKING = "recover.py recipe=..."  # what makes an artifact that is missing
 
@@ -30,10 +32,9 @@ def export(run: Run) -> None:
         for note in chosen.notes:
             run.say(f"[export] note: {note}")
         require_unharmed(run.paths.student)
-        student = load_model(run.paths.student, run.dtype, "cpu")
         save = save_deepseek if chosen.stock else save_own_class
+        student = stream_model(run.paths.student, run.dtype, "cpu")
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
-        del student  # one model in memory at a time
         metadata |= {"format": chosen.name, "notes": list(chosen.notes)}
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
@@ -62,27 +63,40 @@ def _check_reload(run: Run, folder: Path) -> float:
     section, evaluated = run.recipe.export.verify, run.recipe.evaluate
     length = min(section.tokens, evaluated.max_length)
     tokens = token_windows_of(run, evaluated.data[:1], "evaluate", tokens=section.tokens, length=length)
-    _require_memory(run)
+    by_module = _by_module(run)
     require_unharmed(run.paths.student)
-    student = load_model(run.paths.student, torch.float32, "cpu")
+    if by_module:
+        kernel = family_of(run.prepared.config).kernel
+        student = model_on_disk(run.paths.student, attn_implementation=kernel)
+    else:
+        student = load_model(run.paths.student, torch.float32, "cpu")
     expected = log_probabilities(student, tokens)
     del student  # one model in memory at a time
-    return check_reload(folder, tokens, expected, section, export_dtype(run), stock=run.prepared.export.stock)
+    dtype, stock = export_dtype(run), run.prepared.export.stock
+    return check_reload(folder, tokens, expected, section, dtype, stock=stock, by_module=by_module)
 
 
-def _require_memory(run: Run) -> None:
-    """Refuse a check that would end in the middle, for want of memory.
+def _by_module(run: Run) -> bool:
+    """Whether the check reads weights when they are needed, because a model in float32 does not fit in memory.
 
     Raises:
-        RecipeError: too little is free, even without the teacher.
+        RecipeError: too little is free even for that, even without the teacher.
     """
-    section, cpu = run.recipe.export.verify, torch.device("cpu")
-    needed = memory_of_check(section, run.prepared.sizes.student, run.prepared.config)
-    if free_memory(cpu) < needed:
+    section, cpu, sizes = run.recipe.export.verify, torch.device("cpu"), run.prepared.sizes
+    whole, part = (memory_of_check(section, sizes.student, run.prepared.config, by_module=way) for way in (False, True))
+    if free_memory(cpu) < whole:
         run.release_teacher()
-    if (free := free_memory(cpu)) < needed:
+    if (free := free_memory(cpu)) >= whole:
+        return False
+    if free < part:
         raise RecipeError(
             "export.verify",
-            f"the check of the export takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; end other "
-            "programs or lower export.verify.tokens, and run the recipe again",
+            f"the check of the export takes {part / 2**30:.1f} GiB of memory, even where weights are read when they "
+            f"are needed, {free / 2**30:.1f} are free; end other programs or lower export.verify.tokens, and run the "
+            "recipe again",
         )
+    run.say(
+        f"[export] weights are read when they are needed: a model in float32 takes {whole / 2**30:.1f} GiB, "
+        f"{free / 2**30:.1f} are free"
+    )
+    return True

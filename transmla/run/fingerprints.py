@@ -254,13 +254,15 @@ class Fingerprints:
     def evaluation(self, model: str) -> str:
         """Of the evaluation of `teacher`, `converted`, `recovered` or `exported`."""
         section = self.recipe.evaluate
+        left_out = section.generated if self.prepared.evaluation.on else []
         return fingerprint(
             {
                 "input": self._model(model),
-                "evaluate": section.model_dump(mode="json", exclude={"require"}),
+                "evaluate": section.model_dump(mode="json", exclude={"require", "streaming"}),
                 "tasks": digests(section),
                 "data": self._data(section.data, "evaluate.data"),
                 "dtype": str(self.prepared.dtype),
             }
             | ({"solve": [self._exams(), self.recipe.seed]} if section.solve else {})
+            | ({"left_out": left_out} if left_out else {})
         )

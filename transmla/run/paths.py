@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +84,9 @@ class Paths:
     def logs(self) -> Path:
         """TensorBoard's files."""
         return self.root / "logs"
+
+
+def reference_file(folder: Path, dataset: str) -> Path:
+    """Where the teacher's windows, hidden states and head for a dataset are kept: unlike names, unlike files."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", dataset)[-40:].strip("._")
+    return folder / f"{readable}-{hashlib.sha256(dataset.encode()).hexdigest()[:16]}.safetensors"

@@ -92,6 +92,7 @@ def check_evaluation_text(run: Run) -> None:
         RecipeError: the first thing that is wrong.
     """
     section = run.recipe.evaluate
+    run.prepared.evaluation.require()
     if current(run, run.paths.evaluation("teacher"), run.digests.evaluation("teacher")):
         return
     labeller = Labeller(run.tokenizer, {}, set(), key="evaluate")

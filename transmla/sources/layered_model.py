@@ -17,6 +17,7 @@ from transmla.families import default_kernel
 from transmla.modeling.decoder_layers import DecoderLayers
 from transmla.sources.weights import AGAIN, listed
 
+ZEROS = "nothing but zeros"
 EMBEDDING, LAYER, NORM, HEAD = "model.embed_tokens", "model.layers.{}", "model.norm", "lm_head"
 
 
@@ -47,9 +48,11 @@ class LayeredModel:
     model: transformers' own, without weights but those of the part that is in memory. layers: runs single layers.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: PartWeights, device: torch.device, key: str) -> None:
-        """key: of the source in the recipe, for errors."""
-        self.model, self.weights, self.device, self.key = model, weights, device, key
+    def __init__(
+        self, model: PreTrainedModel, weights: PartWeights, device: torch.device, key: str, *, source: bool = True
+    ) -> None:
+        """key: of the source in the recipe, for errors. source: whether it is one, which has no matrix of zeros."""
+        self.model, self.weights, self.device, self.key, self.source = model, weights, device, key, source
         self.layers = DecoderLayers(model, device, model.dtype)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
 
@@ -106,9 +109,9 @@ class LayeredModel:
         large = f"NaN, infinite or too large for {str(self.dtype).removeprefix('torch.')}"
         for what, wrong in (
             (f"values that are {large}", [weight for weight, value in tensors.items() if not value.isfinite().all()]),
-            ("nothing but zeros", [weight for weight, value in tensors.items() if value.ndim > 1 and not value.any()]),
+            (ZEROS, [weight for weight, value in tensors.items() if value.ndim > 1 and not value.any()]),
         ):
-            if wrong:
+            if wrong and (self.source or what != ZEROS):
                 raise RecipeError(self.key, f"{listed(wrong)} hold {what}; {AGAIN}")
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
 from transmla.families import default_kernel
 from transmla.files import MANIFEST, damage
 from transmla.sources.config import read_config
 from transmla.sources.file_digests import read_digests
+from transmla.sources.generation import NAME as GENERATION
 from transmla.sources.generation import read_generation
 from transmla.sources.kinds import cache_folder
 from transmla.sources.layered_model import LayeredModel
@@ -43,6 +44,20 @@ def load_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model
     _require_unchanged(folder, key)
     check_numbers(folder, config, dtype, key)
     return _load(folder, config, dtype, device, key, generation_config=read_generation(folder, config, key))
+
+
+def stream_model(folder: Path, dtype: torch.dtype, device: str) -> LayeredModel:
+    """A student or an exported model of which one part is in memory at a time.
+
+    Raises:
+        RecipeError: a file is damaged.
+    """
+    read_headers(folder, "output_dir", "delete that folder, to have it made again")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    student = stored_model(folder, config, dtype, torch.device(device), "output_dir", source=False)
+    if (folder / GENERATION).is_file():
+        student.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return student
 
 
 def stream_source(folder: Path, dtype: torch.dtype, device: str, key: str = "model.source") -> LayeredModel:

@@ -78,7 +78,8 @@ def _part_of(name: str) -> str:
 
 
 def stored_model(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, key: str
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, key: str, *, source: bool = True
 ) -> LayeredModel:
-    """A directory's model, of which one part is in memory at a time. key: for errors."""
-    return LayeredModel(model_without_weights(config, dtype, device), StoredParts(folder, key), device, key)
+    """A directory's model, of which one part is in memory at a time. key, source: as of `LayeredModel`."""
+    model = model_without_weights(config, dtype, device)
+    return LayeredModel(model, StoredParts(folder, key), device, key, source=source)

@@ -14,6 +14,14 @@ from transmla.sources.weights import INDEX, SINGLE
 SHARD = 4 * 2**30  # bytes of a file
 
 
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def bytes_of(size: str) -> int:
+    """A size in words, as transformers reads it: 5GB are 5,000,000,000 bytes."""
+    return int(float(size[:-2]) * UNITS[size[-2:].upper()])
+
+
 class WeightShards:
     """Gathers tensors until they fill a file. `close` gives the files their names and writes the index."""
 

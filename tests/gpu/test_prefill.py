@@ -21,7 +21,7 @@ def test_packed_prompts_are_each_alone(student: bool) -> None:
     model = model.to("cuda", torch.bfloat16).eval()
     prompts = [torch.randint(VOCAB, (length,)).tolist() for length in (300, 1, 700, 17, 64)]
     cache = DynamicCache(config=model.config)
-    assert packs(model, cache)
+    assert packs(model, 1024, cache) and not packs(model, 700, cache)
     found = read_packed(model, prompts, cache)
     for row, prompt in enumerate(prompts):
         own = DynamicCache(config=model.config)

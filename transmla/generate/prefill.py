@@ -14,6 +14,7 @@ from transmla.families import FAMILIES
 from transmla.modeling.attention import MLAAttention
 from transmla.modeling.kernels.packed import PACKED, boundaries, needs_mask, plan_of, trunk_arguments
 
+LONG = 1024  # tokens of a prompt from which padding is left out instead of masked
 READ = 65536  # tokens of prompts that are read at a time: an MLP's activations of all would fill a card
 
 
@@ -52,16 +53,16 @@ def read_padded(
     return torch.cat(logits)
 
 
-def packs(model: PreTrainedModel, cache: DynamicCache) -> bool:
-    """Whether prompts of different lengths are read as packed documents (`read_packed`).
+def packs(model: PreTrainedModel, longest: int, cache: DynamicCache) -> bool:
+    """Whether prompts of different lengths, at most `longest`, are read as packed documents (`read_packed`): where a
+    mask would be large. Thousands of short ones are read faster with one (docs/experiments.md).
 
     A CPU computes documents one after the other, which many short prompts would make slow. Models of other families
     may not hand boundaries on to their attentions.
     """
     known = model.config.model_type in FAMILIES or any(isinstance(module, MLAAttention) for module in model.modules())
-    if model.device.type != "cuda" or not known or not _is_plain(cache):
+    if model.device.type != "cuda" or longest < LONG or not known or not _is_plain(cache):
         return False
-    longest = getattr(model.config, "max_position_embeddings", READ)
     return needs_mask(model.config, longest, model.dtype, model.device) is None
 
 

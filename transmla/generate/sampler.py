@@ -121,7 +121,7 @@ class ModelSampler:
         places = torch.arange(longest, device=device)[None] - (longest - lengths)[:, None]
         mask, positions = (places >= 0).long(), places.clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        if padded and packs(self.model, cache):
+        if padded and packs(self.model, longest, cache):
             read = read_packed(self.model, prompts, cache)
         else:
             read = read_padded(self.model, tokens, mask if padded else None, positions, cache)

@@ -24,8 +24,8 @@ QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
 def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
     """Let a GPU multiply float32 by its tensor cores (TF32) where a model computes in 16 bits.
 
-    Their factors have 11 significant bits, bfloat16 has 8: inputs lose nothing, and what is rounded (probabilities,
-    averages) errs independently in every token, which adds some 1e-7 of its diagonal to a second moment.
+    Their factors have 11 significant bits, bfloat16 has 8: inputs lose nothing. Probabilities and averages are cut off,
+    which moves second moments by 1e-4 of their norm (docs/experiments.md), a tenth of the ridge that they get.
     """
     before = torch.get_float32_matmul_precision()
     if dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available():

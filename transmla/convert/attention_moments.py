@@ -40,13 +40,13 @@ def by_distance(weights: Tensor, stride: int) -> Tensor:
     """Attention by distance: sums along diagonals, all at once.
 
     Args:
-        weights: [H, R, C], of queries at C - 1, C - 1 - stride, ... (the last row first) to the tokens 0 to C - 1.
+        weights: [H, R, C], of queries `stride` tokens apart, the last at C - 1, to the tokens 0 to C - 1, causal.
 
     Returns:
         [H, C], float64, of distances 0 to C - 1.
     """
     heads, rows, columns = weights.shape
-    width = columns + stride * (rows - 1)
+    width = max(columns, stride) + stride * (rows - 1)
     # Every row is shifted so that a distance has the same place in all of them.
     shifted = weights.new_zeros(heads, rows * width)
     aligned = shifted.as_strided((heads, rows, columns), (rows * width, width - stride, 1), stride * (rows - 1))

@@ -73,18 +73,20 @@ def _additive(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
 
 
-def _for_a_kernel(*tensors: Tensor) -> bool:
-    """Whether tensors, the query first, are on a GPU with Triton, in one format, and no gradient is asked for."""
+def _for_a_kernel(queries: tuple[Tensor, ...], cached: tuple[Tensor, ...]) -> bool:
+    """Whether all are on a GPU with Triton, in one format, the cache with contiguous columns, and no gradient is asked
+    for."""
+    tensors = queries + cached
     if not tensors[0].is_cuda or find_spec("triton") is None:
         return False
-    if len({tensor.dtype for tensor in tensors}) > 1 or any(tensor.stride(-1) != 1 for tensor in tensors[1:]):
+    if len({tensor.dtype for tensor in tensors}) > 1 or any(tensor.stride(-1) != 1 for tensor in cached):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _many(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether rows and groups are enough for the kernel that gives each of them a program."""
-    if not _for_a_kernel(query, key, value):
+    if not _for_a_kernel((query,), (key, value)):
         return False
     from transmla.modeling.kernels.grouped_query import fits
 
@@ -95,7 +97,7 @@ def _many(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _kernel_takes(*tensors: Tensor) -> bool:
     """Whether the kernel computes this: on a GPU that has it, in one 16-bit format, and no gradient is asked for."""
     query, rope_query, latent, _ = tensors
-    if not _for_a_kernel(*tensors):
+    if not _for_a_kernel(tensors[:2], tensors[2:]):
         return False
     from transmla.modeling.kernels.latent_query import fits
 

@@ -314,6 +314,7 @@ def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     parts = run(tmp_path, Counting(), until(24, 1))  # 5 tokens a batch, and 2 end tokens where its number is odd
     assert enough(parts.index(), 24) == 4 and len(parts.index()) == 4
     assert enough(parts.index(), 25) is None
+    assert parts.index() == SampledBatches(tmp_path, "d").index()  # what was noted while writing is what is read
     ahead = SampledBatches(tmp_path, "d")
     ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
     assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]
@@ -393,6 +394,31 @@ def test_a_cue_follows_every_prefix(letters) -> None:
     )
     again = TextPrompts(entry, letters, seed=3, key="write.0")
     assert starts.prompts_of(2) == again.prompts_of(2) != starts.prompts_of(1)
+
+
+@pytest.mark.parametrize("few", [1, 2, 4, 6])
+def test_of_a_text_no_more_is_tokenised_than_a_prefix_needs(few: int, letters, monkeypatch) -> None:
+    """The prefixes are those of the whole pieces, also where what was tokenised first has too few tokens."""
+    entry = Text(
+        name="w",
+        kind="text",
+        tokens=9,
+        prefix_data=["sample_train"],
+        prefix_tokens=20,
+        batch_size=60,
+        max_new_tokens=4,
+    )
+    monkeypatch.setattr("transmla.generate.prompts.FEW", 16)
+    whole = TextPrompts(entry, letters, seed=3, key="write.0").prompts_of(1)
+    monkeypatch.setattr("transmla.generate.prompts.FEW", few)
+    seen: list[int] = []
+    original = TextPrompts._tokens
+    monkeypatch.setattr(
+        TextPrompts, "_tokens", lambda self, texts: (seen.append(sum(map(len, texts))), original(self, texts))[1]
+    )
+    assert TextPrompts(entry, letters, seed=3, key="write.0").prompts_of(1) == whole
+    assert {len(prompt) for prompt in whole} == {20}
+    assert seen[0] <= few * 20 * 60 and (seen[1] > seen[0]) == (few == 1)
 
 
 def test_a_prefix_may_stand_in_a_cue(letters) -> None:

@@ -310,6 +310,19 @@ def test_an_interrupted_drawing_goes_on(tmp_path) -> None:
     assert again.calls == 7
 
 
+def test_a_changed_token_is_drawn_again(tmp_path) -> None:
+    run(tmp_path, Counting(), all_of(3))
+    file = tmp_path / "000.jsonl"
+    before = file.read_bytes()
+    lines = before.splitlines(keepends=True)
+    lines[1] = lines[1].replace(b",101,7]", b",101,8]")
+    assert b"".join(lines) != before
+    file.write_bytes(b"".join(lines))
+    again = Counting()
+    parts = run(tmp_path, again, all_of(3))
+    assert again.calls == 1 and parts.samples(1)[1].tokens[1:] == [101, 7]
+
+
 def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     parts = run(tmp_path, Counting(), until(24, 1))  # 5 tokens a batch, and 2 end tokens where its number is odd
     assert enough(parts.index(), 24) == 4 and len(parts.index()) == 4

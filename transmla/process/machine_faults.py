@@ -1,0 +1,38 @@
+"""What a machine lacks, in one sentence: memory, room on a disk, a file that was there."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+
+# Of an OSError, what is the machine's or another program's doing.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+CPU_MEMORY = re.compile(r"DefaultCPUAllocator: .*|Cannot allocate memory|std::bad_alloc", re.DOTALL)
+MEMORY = "make its batch_size, max_length or tokens per step smaller, or free memory; the same command goes on"
+
+
+def fault_of(error: BaseException) -> str | None:
+    """One sentence with the remedy; None of an error that is not the machine's."""
+    text = " ".join(str(error).split())
+    if is_memory(error):
+        return f"out of memory: {text[:300] or 'the process could not get any more'}; {MEMORY}"
+    number = error.errno if isinstance(error, OSError) else None
+    if number in DISK or NO_ROOM.search(text):
+        return f"the disk refuses: {text[:300]}; make room, or mend it, and the same command goes on"
+    lost = isinstance(error, OSError) and number in LOST and error.filename is not None
+    if lost or (type(error).__name__ == "SafetensorError" and "No such file" in text):
+        return f"a file is gone or closed to this user: {text[:300]}; the same command makes again what it can"
+    return None
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether it is want of memory, of the machine or of a device."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or (
+        isinstance(error, RuntimeError) and CPU_MEMORY.search(str(error)) is not None
+    )

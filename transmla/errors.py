@@ -28,3 +28,7 @@ class RecipeError(ValueError):
     def __init__(self, key: str, problem: str) -> None:
         self.key, self.problem = masked(key), " ".join(masked(problem).splitlines())
         super().__init__(f"{self.key}: {self.problem}")
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, str]]:
+        """What a worker process sends of it."""
+        return type(self), (self.key, self.problem)

@@ -6,7 +6,8 @@ import weakref
 import pytest
 import torch
 
-from tests.conftest import tiny_model, windows
+from tests.conftest import VOCAB, tiny_model, windows
+from transmla.convert.attention_moments import by_distance
 from transmla.convert.calibration import calibrate
 
 
@@ -37,6 +38,26 @@ def test_moments_do_not_depend_on_batching(split: int) -> None:
         torch.testing.assert_close(layer.mean, x.mean(0), rtol=1e-5, atol=1e-6)
         assert layer.augmented()[-1, -1] == 1.0
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 9])
+def test_windows_shorter_than_the_stride(length: int) -> None:
+    """Of every fourth query the first may be the only one, with hardly a token before it."""
+    ids = torch.randint(1, VOCAB, (5, length), generator=torch.Generator().manual_seed(0))
+    for layer in calibrate(tiny_model(), ids.split(1), length=length):
+        assert layer.distance.isfinite().all() and layer.averaged.isfinite().all()
+
+
+@pytest.mark.parametrize("rows, columns, stride", [(1, 1, 4), (1, 7, 4), (3, 9, 4), (5, 30, 4), (8, 8, 1), (4, 20, 3)])
+def test_sums_along_diagonals(rows: int, columns: int, stride: int) -> None:
+    weights = torch.rand(2, rows, columns, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(2, columns, dtype=torch.float64)
+    for row in range(rows):
+        place = columns - 1 - stride * (rows - 1 - row)
+        weights[:, row, place + 1 :] = 0.0
+        for column in range(place + 1):
+            expected[:, place - column] += weights[:, row, column]
+    torch.testing.assert_close(by_distance(weights, stride), expected)
 
 
 def test_what_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:

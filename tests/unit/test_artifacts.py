@@ -93,4 +93,4 @@ def test_a_save_that_is_killed_leaves_no_checkpoint(where: str, tmp_path, monkey
     with pytest.raises(Killed):
         trainer.train()
     assert Path(last_checkpoint(tmp_path)).name == "checkpoint-2"
-    assert (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()
+    assert (tmp_path / "checkpoint-2" / "optimizer.safetensors").is_file()

@@ -1,6 +1,8 @@
 """The four sets of the published command: their definitions, local copies, and what the hub is asked for."""
 
 import json
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -119,6 +121,7 @@ def test_what_the_hub_is_asked_for(name: str, monkeypatch) -> None:
         return Dataset.from_list(rows).to_iterable_dataset() if arguments.get("streaming") else Dataset.from_list(rows)
 
     monkeypatch.setattr("transmla.data.loading.load_dataset", answer)
+    monkeypatch.setattr("transmla.data.loading.load_dataset_builder", lambda **_: SimpleNamespace(hash=uuid4().hex))
     assert len(load_one(name, "k")) == (3 if name == "alpaca_test" else 30)
     assert asked == [ASKED[name]]
 

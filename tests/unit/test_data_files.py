@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -147,6 +149,7 @@ def test_rows_of_a_hub_get_the_same_line(column, rows, words, streamed, tmp_path
     data = Dataset.from_dict({column: rows})
     answer = data.to_iterable_dataset() if streamed else data
     monkeypatch.setattr("transmla.data.loading.load_dataset", lambda **_: answer)
+    monkeypatch.setattr("transmla.data.loading.load_dataset_builder", lambda **_: SimpleNamespace(hash=uuid4().hex))
     (tmp_path / "d.yaml").write_text(HUB.format(column) + ("rows: 9\n" if streamed else ""))
     with pytest.raises(RecipeError) as caught:
         load_one(str(tmp_path / "d.yaml"), "recover.0.data")
@@ -158,6 +161,7 @@ def test_empty_rows_of_a_hub_are_counted(streamed: bool, tmp_path, monkeypatch) 
     data = Dataset.from_dict({"text": ["a", None, " ", "b"], "other": [1, 2, 3, 4]})
     answer = data.to_iterable_dataset() if streamed else data
     monkeypatch.setattr("transmla.data.loading.load_dataset", lambda **_: answer)
+    monkeypatch.setattr("transmla.data.loading.load_dataset_builder", lambda **_: SimpleNamespace(hash=uuid4().hex))
     (tmp_path / "d.yaml").write_text(HUB.format("text") + ("rows: 9\n" if streamed else ""))
     said: list[str] = []
     assert load_one(str(tmp_path / "d.yaml"), "k", say=said.append).to_dict() == {"text": ["a", "b"]}

@@ -24,8 +24,8 @@ QUERY_BLOCK = 256  # rows of an attention matrix that exist at a time
 def tensor_cores(dtype: torch.dtype) -> Iterator[None]:
     """Let a GPU multiply float32 by its tensor cores (TF32) where a model computes in 16 bits.
 
-    Their factors have 11 significant bits, bfloat16 has 8: inputs lose nothing, and what is rounded (probabilities,
-    averages) errs independently in every token, which adds some 1e-7 of its diagonal to a second moment.
+    Their factors have 11 significant bits, bfloat16 has 8: inputs lose nothing. Probabilities and averages are cut off,
+    which moves second moments by 1e-4 of their norm (docs/experiments.md), a tenth of the ridge that they get.
     """
     before = torch.get_float32_matmul_precision()
     if dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available():
@@ -40,13 +40,13 @@ def by_distance(weights: Tensor, stride: int) -> Tensor:
     """Attention by distance: sums along diagonals, all at once.
 
     Args:
-        weights: [H, R, C], of queries at C - 1, C - 1 - stride, ... (the last row first) to the tokens 0 to C - 1.
+        weights: [H, R, C], of queries `stride` tokens apart, the last at C - 1, to the tokens 0 to C - 1, causal.
 
     Returns:
         [H, C], float64, of distances 0 to C - 1.
     """
     heads, rows, columns = weights.shape
-    width = columns + stride * (rows - 1)
+    width = max(columns, stride) + stride * (rows - 1)
     # Every row is shifted so that a distance has the same place in all of them.
     shifted = weights.new_zeros(heads, rows * width)
     aligned = shifted.as_strided((heads, rows, columns), (rows * width, width - stride, 1), stride * (rows - 1))

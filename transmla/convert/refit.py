@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from transmla.modeling.decoder_layers import DecoderLayers, listening
-from transmla.modeling.state_stream import StateStream
+from transmla.modeling.state_stream import StateStream, batches_of
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)  # ε in units of the mean of E[a²]
 
@@ -88,17 +88,12 @@ def refit_outputs(
     shape = (*windows.shape, source.config.hidden_size)
     one, other = (DecoderLayers(model, source.device, source.dtype) for model in (source, student))
     original, own = StateStream(shape, source.dtype), StateStream(shape, source.dtype)
-    for part in rows_of(windows, batch_size):
+    for part in batches_of(windows, batch_size):
         states = one.first_states(windows[part])
         original.put(part, states)
         own.put(part, states)
     for index in tqdm(range(len(source.model.layers)), desc="refit", unit="layer"):
         refit_layer(one, other, index, original, own, batch_size=batch_size, drift=drift)
-
-
-def rows_of(windows: Tensor, batch_size: int) -> list[slice]:
-    """The batches of windows [n, L]."""
-    return [slice(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
 
 
 @torch.no_grad()
@@ -118,7 +113,7 @@ def refit_layer(
         original, own: states of source and student before the layer, then behind it.
     """
     device, count = source.device, len(original.states)
-    rows, share = rows_of(original.states, batch_size), min(SHARE, count)
+    rows, share = batches_of(original.states, batch_size), min(SHARE, count)
     projection = student.layers[index].self_attn.o_proj
     weight = projection.weight.float()
     bias = 0.0 if projection.bias is None else projection.bias.float()

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate_layer
 from transmla.convert.conversion import Findings, drift_of, linear_attention, solve_attention
-from transmla.convert.refit import refit_layer, rows_of
+from transmla.convert.refit import refit_layer
 from transmla.convert.search import folds_of, split
 from transmla.families import family_of
 from transmla.families.student_config import student_config
@@ -25,7 +25,7 @@ from transmla.geometry import candidates, derive_geometry
 from transmla.hardware import trim_memory
 from transmla.measure.streamed_quality import attention_of, output_error
 from transmla.modeling.decoder_layers import DecoderLayers
-from transmla.modeling.state_stream import StateStream
+from transmla.modeling.state_stream import StateStream, batches_of
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
 from transmla.sources.layered_model import LayeredModel, model_without_weights
@@ -108,13 +108,13 @@ class _Streaming:
 
     def begin(self) -> None:
         """Fill the streams from the embedding."""
-        for rows in rows_of(self.windows, self.batch_size):
+        for rows in batches_of(self.windows, self.batch_size):
             states = self.source.layers.first_states(self.windows[rows])
             for stream in (self.original, self.own):
                 if stream is not None:
                     stream.put(rows, states)
         if self.held_out is not None and self.judged is not None:
-            for rows in rows_of(self.held_out, 1):
+            for rows in batches_of(self.held_out, 1):
                 self.judged.put(rows, self.source.layers.first_states(self.held_out[rows]))
 
     def convert_layer(self, index: int) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class _Streaming:
                 source, self.layers, index, self.original, self.own, batch_size=self.batch_size, drift=self.drift
             )
         if self.judged is not None:
-            for rows in rows_of(self.judged.states, 1):
+            for rows in batches_of(self.judged.states, 1):
                 self.judged.put(rows, source.run(index, self.judged.get(rows, device)))
         layer = self.student.model.layers[index]
         found = {f"{self.source.layer(index)}.{name}": value for name, value in layer.state_dict().items()}
@@ -144,7 +144,7 @@ class _Streaming:
     def _calibrate(self, index: int) -> None:
         """Pass the calibration text through the layer; a refit, which needs the states before it, moves them on."""
         source = self.source.layers
-        for rows in rows_of(self.windows, self.batch_size):
+        for rows in batches_of(self.windows, self.batch_size):
             states = source.run(index, self.original.get(rows, self.source.device))
             if self.own is None:
                 self.original.put(rows, states)
@@ -181,7 +181,7 @@ class _Streaming:
         judged, source = self.judged, self.source
         assert judged is not None, "windows are held out where something is auto"
         return [
-            attention_of(source.layers, index, judged.get(rows, source.device)) for rows in rows_of(judged.states, 1)
+            attention_of(source.layers, index, judged.get(rows, source.device)) for rows in batches_of(judged.states, 1)
         ]
 
     def _load(self, index: int, attention: dict[str, Tensor]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from transmla.data.conversations import tools_of, unpack
@@ -32,19 +33,50 @@ def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase, *, ended: bool 
     Raises:
         ValueError: the template refuses a conversation, or leaves a part of it out; names the row.
     """
-    template, own = Template(tokenizer), adds_end(tokenizer)
+    template = Template(tokenizer)
     for start in range(0, len(data), ROWS):
         rows = data.select(range(start, min(start + ROWS, len(data))))
         contents = [_content(row, template, start + number) for number, row in enumerate(rows, 1)]
-        found = {
-            plain: iter(_token_ids([one.text for one in contents if one.plain == plain], plain, tokenizer))
-            for plain in (True, False)
-        }
-        for content in contents:
-            ids = next(found[content.plain])
-            if content.plain and own and ids[-1:] == [tokenizer.eos_token_id]:
-                ids = ids[:-1]
+        for content, ids in zip(contents, _ids(contents, tokenizer), strict=True):
             yield _with_end(ids, content, tokenizer) if ended else ids
+
+
+def token_counts(data: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The lengths of `documents` in tokens, [rows]. Datasets keeps them on disk: text is tokenised for them once.
+
+    Raises:
+        ValueError: as `documents`.
+    """
+    counted = data.map(
+        _count,
+        batched=True,
+        batch_size=ROWS,
+        with_indices=True,
+        remove_columns=data.column_names,
+        features=Features({"tokens": Value("int64")}),
+        fn_kwargs={"tokenizer": tokenizer},
+        desc="Counting tokens",
+    )
+    return np.asarray(counted.with_format("numpy")["tokens"][:])
+
+
+def _count(rows: dict[str, list], numbers: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    template = Template(tokenizer)
+    made = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    contents = [_content(row, template, number + 1) for row, number in zip(made, numbers, strict=True)]
+    return {"tokens": [len(ids) for ids in _ids(contents, tokenizer)]}
+
+
+def _ids(contents: list[_Content], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Token ids without an end token that the tokenizer adds by itself."""
+    own = adds_end(tokenizer)
+    found = {
+        plain: iter(_token_ids([one.text for one in contents if one.plain == plain], plain, tokenizer))
+        for plain in (True, False)
+    }
+    for content in contents:
+        ids = next(found[content.plain])
+        yield ids[:-1] if content.plain and own and ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def adds_end(tokenizer: PreTrainedTokenizerBase) -> bool:

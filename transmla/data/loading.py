@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as compute
 from datasets import Dataset, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from transmla.data.conversations import MORE
 from transmla.data.definition import DataDefinition, find_definition, local_files
-from transmla.data.reading import Unreadable, mark_of
+from transmla.data.reading import ROWS, Unreadable, mark_of
 from transmla.data.records import COLUMNS, Record, empty_record, features_of, record_of, records
 from transmla.errors import RecipeError
 
@@ -94,23 +95,32 @@ def load_one(name: str, key: str, *, joined: bool = False, say: Say | None = Non
 
 
 def _marked(data: Dataset, synthetic: bool) -> Dataset:
-    return data.add_column(SYNTHETIC, [synthetic] * len(data))
+    return data.add_column(SYNTHETIC, np.full(len(data), synthetic))
 
 
 def _from_files(definition: DataDefinition, folder: Path, key: str) -> Dataset:
     """The records of local files. Datasets keeps them on disk, and reads again what has changed."""
     files = local_files(definition, folder, key)
-    try:
+    with _unreadable(key):
         first = _first_full(record for _, record in records(definition, files))
-        return Dataset.from_generator(
-            _generate,
-            features=features_of(definition, first),
-            gen_kwargs={
-                "definition": definition.model_dump_json(exclude_unset=True),
-                "marks": tuple(map(mark_of, files)),
-                "reader": READER,
-            },
-        )
+        return _kept(_generate, definition, first, marks=tuple(map(mark_of, files)))
+
+
+def _kept(make: Callable[..., Iterator[Record]], definition: DataDefinition, first: Record | None, **state: Any) -> Any:
+    """What `make` yields, on disk. It is read once for a definition and a state of its source."""
+    return Dataset.from_generator(
+        make,
+        features=features_of(definition, first),
+        gen_kwargs={"definition": definition.model_dump_json(exclude_unset=True), **state, "reader": READER},
+        writer_batch_size=ROWS,
+    )
+
+
+@contextmanager
+def _unreadable(key: str) -> Iterator[None]:
+    """Names the key of the recipe for a file or row that cannot be used."""
+    try:
+        yield
     except Unreadable as error:
         raise RecipeError(key, str(error)) from None
     except DatasetGenerationError as error:
@@ -128,14 +138,13 @@ def _generate(definition: str, marks: tuple[tuple[Any, ...], ...], reader: int) 
 def _from_hub(definition: DataDefinition, key: str) -> Dataset:
     """The records of a hub dataset."""
     assert definition.hub is not None
-    with _hub_errors(definition, key):
+    with _hub_errors(definition, key), _unreadable(key):
         arguments = _hub_arguments(definition)
         if definition.rows is not None:
-            stream = load_dataset(**arguments, split=definition.split, streaming=True)
-            made = [_hub_record(row, place, definition, key) for place, row in enumerate(stream.take(definition.rows))]
-            if not made:
-                raise RecipeError(key, f"{definition.hub} is empty; name a dataset that has text")
-            return Dataset.from_list(made, features=features_of(definition, _first_full(made)))
+            commit = load_dataset_builder(**arguments).hash
+            # Of texts or of turns: only of these the hub must be asked for a row.
+            first = _first_full(_streamed(definition)) if definition.kind == "completion" else None
+            return _kept(_generate_streamed, definition, first, commit=commit)
         data = load_dataset(**arguments, split=definition.split)
     check_columns(definition, set(data.column_names), definition.hub, key)
     data = data.select_columns([name for name in definition.read_columns() if name in data.column_names])
@@ -143,42 +152,63 @@ def _from_hub(definition: DataDefinition, key: str) -> Dataset:
         column = definition.columns["text"]
         if data.features[column] in (Value("string"), Value("large_string")):
             return data if column == "text" else data.rename_column(column, "text")
-    first = _first_full(_hub_record(row, number, definition, key) for number, row in enumerate(data))
-    return data.map(
-        _hub_record,
-        with_indices=True,
-        remove_columns=data.column_names,
-        features=features_of(definition, first),
-        fn_kwargs={"definition": definition, "key": key, "reader": READER},
-        desc=f"Reading {definition.hub}",
-    )
+    with _unreadable(key):
+        first = _first_full(_hub_record(row, number, definition) for number, row in enumerate(data))
+        return data.map(
+            _hub_record,
+            with_indices=True,
+            remove_columns=data.column_names,
+            features=features_of(definition, first),
+            fn_kwargs={"definition": definition, "reader": READER},
+            desc=f"Reading {definition.hub}",
+        )
+
+
+def _streamed(definition: DataDefinition) -> Iterator[Record]:
+    assert definition.rows is not None, "the other hub datasets are downloaded"
+    stream = load_dataset(**_hub_arguments(definition), split=definition.split, streaming=True)
+    for number, row in enumerate(stream.take(definition.rows)):
+        yield _hub_record(row, number, definition)
+
+
+def _generate_streamed(definition: str, commit: str, reader: int) -> Iterator[Record]:
+    yield from _streamed(DataDefinition.model_validate_json(definition))
 
 
 def _first_full(made: Iterable[Record]) -> Record | None:
     return next((record for record in made if any(record.values())), None)
 
 
-def _hub_record(row: dict[str, Any], number: int, definition: DataDefinition, key: str, reader: int = READER) -> Record:
+def _hub_record(row: dict[str, Any], number: int, definition: DataDefinition, reader: int = READER) -> Record:
     try:
         return record_of(definition, row) or empty_record(definition)
     except ValueError as error:
-        raise RecipeError(key, f"{definition.hub}, row {number + 1}: {error}") from None
+        raise Unreadable(f"{definition.hub}, row {number + 1}: {error}") from None
 
 
 def _without_empty(data: Dataset, definition: DataDefinition, name: str, key: str, say: Say | None) -> Dataset:
     """The records that have something to say."""
-    table = data.with_format("arrow")[:]
-    column = table[COLUMNS[definition.kind][0]]
-    empty = column.is_null()
-    if definition.kind == "text" and definition.join is None:
-        empty = compute.or_(empty, compute.fill_null(compute.equal(compute.utf8_trim_whitespace(column), ""), False))
-    bare = MORE in data.column_names and table[MORE].null_count == len(data)
-    count = compute.sum(empty).as_py() or 0
+    column, more = COLUMNS[definition.kind][0], MORE in data.column_names
+    blank = definition.kind == "text" and definition.join is None
+    empty, bare = [np.zeros(0, bool)], more
+    for batch in data.select_columns([column, MORE] if more else [column]).with_format("arrow").iter(batch_size=ROWS):
+        empty.append(_empty(batch[column], blank).to_numpy(zero_copy_only=False))
+        bare = bare and batch[MORE].null_count == len(batch)
+    marks = np.concatenate(empty)
+    count = int(marks.sum())
     if count:
         if say is not None and count < len(data):
             say(f"[data] {key}: {count:,} of {len(data):,} rows of {name} are empty and left out")
-        data = data.select(compute.indices_nonzero(compute.invert(empty)).to_pylist())
+        data = data.select(np.flatnonzero(~marks))
     return data.remove_columns(MORE) if bare else data
+
+
+def _empty(column: Any, blank: bool) -> Any:
+    """By row of an Arrow column, whether it is null; with `blank`, also whether it is white space."""
+    found = column.is_null()
+    if blank:
+        found = compute.or_(found, compute.fill_null(compute.equal(compute.utf8_trim_whitespace(column), ""), False))
+    return found.combine_chunks() if hasattr(found, "combine_chunks") else found
 
 
 def _cut(data: Dataset, definition: DataDefinition, name: str, key: str) -> Dataset:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import islice
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.documents import documents
+from transmla.data.documents import documents, token_counts
 from transmla.data.loading import Say, join_kinds, load_many, load_one
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part
@@ -59,17 +61,31 @@ def load_mixture(
     return whole.select(mixture_order(weighed, lengths, seed))
 
 
-def _filter(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, list[int]]:
+def _filter(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, np.ndarray]:
     """The rows that pass and their lengths in tokens (empty where nothing asks for them)."""
     if part.weight is None and part.min_tokens is None and part.max_tokens is None:
-        return data.select(range(min(part.rows or len(data), len(data)))), []
-    kept, sizes = [], []
-    for index, size in passing(part, data, key, tokenizer):
-        kept.append(index)
-        sizes.append(size)
-        if len(kept) == part.rows:
-            break
-    return data.select(kept), sizes
+        return data.select(range(min(part.rows or len(data), len(data)))), np.zeros(0, np.int64)
+    if part.rows is not None:  # no more is tokenised than it takes to find them
+        found = np.array(list(islice(passing(part, data, key, tokenizer), part.rows)))
+        return data.select(found[:, 0]), found[:, 1]
+    try:
+        sizes = token_counts(data, tokenizer)
+    except ValueError as error:
+        raise RecipeError(key, f"{part.name}, {error}") from None
+    low, high = _bounds(part)
+    kept = np.flatnonzero((sizes >= low) & (sizes <= high))
+    if not len(kept):
+        raise _none_passes(part, key)
+    return (data if len(kept) == len(data) else data.select(kept)), sizes[kept]
+
+
+def _bounds(part: Part) -> tuple[int, float]:
+    return part.min_tokens or 1, part.max_tokens or float("inf")
+
+
+def _none_passes(part: Part, key: str) -> RecipeError:
+    low, high = _bounds(part)
+    return RecipeError(key, f"no row of {part.name} has {low} to {high} tokens; widen min_tokens and max_tokens")
 
 
 def passing(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int]]:
@@ -78,7 +94,7 @@ def passing(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerB
     Raises:
         RecipeError: none does, or the chat template refuses a row.
     """
-    low, high = part.min_tokens or 1, part.max_tokens or float("inf")
+    low, high = _bounds(part)
     found = False
     try:
         for index, document in enumerate(documents(data, tokenizer)):
@@ -88,10 +104,10 @@ def passing(part: Part, data: Dataset, key: str, tokenizer: PreTrainedTokenizerB
     except ValueError as error:
         raise RecipeError(key, f"{part.name}, {error}") from None
     if not found:
-        raise RecipeError(key, f"no row of {part.name} has {low} to {high} tokens; widen min_tokens and max_tokens")
+        raise _none_passes(part, key)
 
 
-def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed: int) -> list[int]:
+def mixture_order(parts: Sequence[Part], lengths: Sequence[ArrayLike], seed: int) -> np.ndarray:
     """Which rows of the concatenated parts make the mixture, in order (see `load_mixture`).
 
     Args:
@@ -99,31 +115,36 @@ def mixture_order(parts: Sequence[Part], lengths: Sequence[Sequence[int]], seed:
         lengths: tokens of every row, by part; none is 0.
     """
     generator = torch.Generator().manual_seed(seed)
-    totals = [sum(sizes) for sizes in lengths]
+    tokens = [np.asarray(sizes, np.int64) for sizes in lengths]
     weights = [part.weight for part in parts if part.weight is not None]
+    totals = [int(sizes.sum()) for sizes in tokens]
     reach = [(total / weight, part.repeat) for total, weight, part in zip(totals, weights, parts, strict=True)]
-    once = [tokens for tokens, repeats in reach if not repeats]
-    size = min(once) if once else max(tokens for tokens, _ in reach)
-    placed: list[tuple[float, int]] = []
-    start = 0
-    for part, weight, sizes in zip(parts, weights, lengths, strict=True):
+    once = [reached for reached, repeats in reach if not repeats]
+    size = min(once) if once else max(reached for reached, _ in reach)
+    places, found, start = [], [], 0
+    for part, weight, sizes in zip(parts, weights, tokens, strict=True):
         target = weight * size
         rows = _choose_rows(sizes, target, part.repeat, generator)
-        ends = accumulate(sizes[row] for row in rows)
-        placed += [((end - sizes[row] / 2) / target, start + row) for row, end in zip(rows, ends, strict=True)]
+        places.append((np.cumsum(sizes[rows]) - sizes[rows] / 2) / target)
+        found.append(start + rows)
         start += len(sizes)
-    return [row for _, row in sorted(placed)]
+    whole = np.concatenate(found)
+    return whole[np.lexsort((whole, np.concatenate(places)))]
 
 
-def _choose_rows(sizes: Sequence[int], target: float, repeat: bool, generator: torch.Generator) -> list[int]:
+def _choose_rows(sizes: np.ndarray, target: float, repeat: bool, generator: torch.Generator) -> np.ndarray:
     """Rows in random order whose tokens come nearest to `target`; at least one."""
-    rows: list[int] = []
+    chosen: list[np.ndarray] = []
     have = 0
     while True:
-        for row in torch.randperm(len(sizes), generator=generator).tolist():
-            if rows and have + sizes[row] / 2 > target:
-                return rows
-            rows.append(row)
-            have += sizes[row]
+        rows = torch.randperm(len(sizes), generator=generator).numpy()
+        own = sizes[rows]
+        ends = have + np.cumsum(own)
+        beyond = ends - own / 2 > target
+        beyond[0] = beyond[0] and bool(chosen)
+        if beyond.any():
+            return np.concatenate([*chosen, rows[: beyond.argmax()]])
+        chosen.append(rows)
+        have = int(ends[-1])
         if not repeat:
-            return rows
+            return np.concatenate(chosen)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import json
 import re
 import zlib
@@ -21,6 +23,8 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 ROWS = 256  # that are read of a parquet file at a time
+
+BLOCK = 1 << 20  # bytes that are read of a text file at a time
 
 
 class Unreadable(ValueError):
@@ -136,31 +140,59 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _text_rows(file: Path, separator: str | None, limit: int | None) -> Iterator[Row]:
+    """The pieces of a text file between separators. A piece and a block of the file are held at a time."""
+    size = number = 0
+    held: list[str] = []  # of the piece that has no end yet, all but `tail`
+    tail = ""  # in which a separator may begin
+    for block, size in _text_blocks(file, limit):
+        *pieces, rest = (tail + block).split(separator) if separator else [block]
+        for piece in pieces:
+            number += 1
+            text = "".join([*held, piece]).strip()
+            held = []
+            if text:
+                yield Row(number, {"text": text}, size)
+        border = len(rest) if separator is None else max(0, len(rest) - len(separator) + 1)
+        held.append(rest[:border])
+        tail = rest[border:]
+    text = "".join([*held, tail]).strip()
+    if text:
+        yield Row(number + 1, {"text": text}, size)
+
+
+def _text_blocks(file: Path, limit: int | None) -> Iterator[tuple[str, int]]:
+    """A text file's letters, block by block, with the bytes read so far: above `limit` where that cuts the file off."""
+    letters = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    size = lines = 0
+    cut = False
     with _opened(file) as stream:
-        content = stream.read() if limit is None else stream.read(limit + 1)
-    if content.startswith(UTF16_MARKS):
-        raise Unreadable(f"{file} is in UTF-16; save it as UTF-8")
-    cut = limit is not None and len(content) > limit
-    text = _decoded(content[:limit] if cut else content, file, cut)
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise Unreadable(f"{file}, line {line} has zero bytes: it is no text; name a text file")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    pieces = text.split(separator) if separator else [text]
-    for number, piece in enumerate(pieces, 1):
-        if piece.strip():
-            yield Row(number, {"text": piece.strip()}, len(content))
+        while not cut and (block := stream.read(BLOCK)):
+            if size == 0:
+                if block.startswith(UTF16_MARKS):
+                    raise Unreadable(f"{file} is in UTF-16; save it as UTF-8")
+                size, block = len(block), block.removeprefix(UTF8_MARK)
+            else:
+                size += len(block)
+            if limit is not None and size > limit:
+                cut, block = True, block[: limit - size]
+            text = _decoded(letters, block, file, lines)
+            lines += block.count(b"\n")
+            yield text, size
+    if not cut:  # else the last letter may not be whole
+        yield _decoded(letters, b"", file, lines), size
 
 
-def _decoded(content: bytes, file: Path, cut: bool) -> str:
-    """A file's text. cut: its last letter may not be whole."""
+def _decoded(letters: Any, block: bytes, file: Path, lines: int) -> str:
+    """The letters of a block. lines: that came before it."""
     try:
-        return content.removeprefix(UTF8_MARK).decode("utf-8")
+        text: str = letters.decode(block, final=not block)
     except UnicodeDecodeError as error:
-        if cut and error.end == len(error.object) and len(error.object) - error.start < 4:
-            return error.object[: error.start].decode("utf-8")
-        line = error.object.count(b"\n", 0, error.start) + 1
+        line = lines + error.object.count(b"\n", 0, error.start) + 1
         raise Unreadable(f"{file}, line {line} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        line = lines + text.count("\n", 0, text.index("\0")) + 1
+        raise Unreadable(f"{file}, line {line} has zero bytes: it is no text; name a text file")
+    return text
 
 
 def columns_of_file(file: Path) -> set[str] | None:

@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as compute
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from transmla.data.documents import ROWS
 from transmla.data.labelled import KEYS, Labeller
 from transmla.data.loading import SYNTHETIC
+from transmla.errors import RecipeError
 
 PARALLEL = "TOKENIZERS_PARALLELISM"
+
+STAGE = "recover.N"  # in errors, for the key of a stage
 
 ROW = "row"  # column and batch key: which row of the packed dataset this is
 
@@ -47,23 +52,54 @@ def token_rows(
     if "input_ids" in data.column_names:
         return data.remove_columns(SYNTHETIC) if SYNTHETIC in data.column_names else data
     settings = {name: getattr(config, name) for name in KEYS}
-    encode = Labeller(tokenizer, settings, set(data.column_names), mark_synthetic=mark_synthetic, key=key)
+    columns = set(data.column_names)
+    marks = mark_synthetic and SYNTHETIC in columns
     if PARALLEL not in os.environ:
         os.unsetenv(PARALLEL)  # an earlier `map` on several processes leaves it off where Python does not see it
-    with PartialState().main_process_first():  # the others find it in the cache, as trl has it
+    with main_first(), _keys_of(key):
+        # What names the file in the cache must not have the stage's key in it, or each stage would tokenise again.
+        encode = Labeller(tokenizer, settings, columns, mark_synthetic=marks, key=STAGE)
         return data.map(
             encode,
             batched=True,
+            batch_size=ROWS,
+            writer_batch_size=ROWS,
             with_indices=True,
             remove_columns=data.column_names,
+            features=Features({name: List(Value("int32")) for name in ("input_ids", "labels")}),
+            num_proc=config.dataset_num_proc,
             desc="Tokenizing train dataset",
         )
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first process goes before the others, which then find in Datasets' cache what it made. All must enter; an
+    error of the first one does not leave them waiting."""
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if state.is_main_process:
+            state.wait_for_everyone()
+
+
+@contextmanager
+def _keys_of(key: str) -> Iterator[None]:
+    """Errors about `STAGE` become errors about a stage."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(key + error.key.removeprefix(STAGE), error.problem) from None
 
 
 def config_of_rows(config: SFTConfig) -> SFTConfig:
     """The settings of a trainer whose rows have their labels: what they say is done, and trl would look for it."""
     config = copy.copy(config)
     config.assistant_only_loss, config.completion_only_loss, config.chat_template_path = False, None, None
+    config.dataset_num_proc = None  # packing by several processes would make other rows, and takes seconds per GB
     return config
 
 
@@ -81,17 +117,13 @@ def whole_rows(data: Dataset, config: SFTConfig) -> Dataset:
     if not len(short):
         return data
     assert length is not None, "packing has a length"
-    columns = data.column_names
-    rest = data.select(short)[:]
-    joined = {column: [token for row in rest[column] for token in row] for column in columns}
+    rest = data.select(short).with_format("numpy")[:]
+    joined = {column: np.concatenate(rest[column]) for column in data.column_names}
     count = len(joined["input_ids"]) // length
-    cut = {
-        column: [tokens[start * length : (start + 1) * length] for start in range(count)]
-        for column, tokens in joined.items()
-    }
     whole = data.select((lengths == length).nonzero()[0])
     if not count:
         return whole if len(whole) else data
+    cut = {column: list(tokens[: count * length].reshape(count, length)) for column, tokens in joined.items()}
     return concatenate_datasets([whole, Dataset.from_dict(cut, features=whole.features)])
 
 
@@ -101,12 +133,14 @@ def are_whole(data: Dataset, config: SFTConfig) -> bool:
 
 
 def _lengths(data: Dataset) -> np.ndarray:
-    return compute.list_value_length(data.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]).to_numpy()
+    batches = data.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000)
+    return np.concatenate([compute.list_value_length(batch["input_ids"]).to_numpy() for batch in batches])
 
 
 def attach_rows(data: Dataset) -> Dataset:
     """Number the rows of a packed dataset in a column `row`."""
-    return data.add_column(ROW, list(range(len(data))))
+    with main_first():  # a shuffled dataset is written anew for it
+        return data.add_column(ROW, np.arange(len(data)))
 
 
 class RowCollator:

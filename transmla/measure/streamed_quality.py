@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transmla.hardware import trim_memory
 from transmla.measure.attention_errors import normalised_error
 from transmla.modeling.decoder_layers import DecoderLayers, listening
-from transmla.modeling.state_stream import StateStream
+from transmla.modeling.state_stream import StateStream, batches_of
 from transmla.sources.layered_model import EMBEDDING, HEAD, NORM, LayeredModel
 
 
@@ -32,7 +32,7 @@ def stream_hidden(
     """
     device, layers = model.device, model.layers
     stream = StateStream((*windows.shape, model.config.hidden_size), model.dtype, device=device)
-    rows = [slice(start, start + batch_size) for start in range(0, len(windows), batch_size)]
+    rows = batches_of(windows, batch_size)
     with model.part(EMBEDDING):
         for part in rows:
             stream.put(part, layers.first_states(windows[part]))

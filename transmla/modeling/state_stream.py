@@ -11,6 +11,11 @@ from torch import Tensor
 SHARE = 16  # states may take one part in so many of a GPU's free memory
 
 
+def batches_of(windows: Tensor, batch_size: int) -> list[slice]:
+    """The batches of windows, or of their states [n, L, ...]."""
+    return [slice(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
+
+
 class StateStream:
     """Hidden states of windows, [n, L, D]: on a GPU where they take a small share of what is free there, else in a
     file, so that memory does not grow with the number of tokens.

@@ -30,7 +30,7 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
     """
     online = not recipe.dry_run
     written = {f"@{entry.name}": _kind_of_written(entry) for entry in recipe.write}
-    kinds = {key: _kind_of_list(data, key, written, online) for key, data in _lists(recipe)}
+    kinds = {key: _kind_of_list(data, key, written, online) for key, data in data_lists(recipe)}
     for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
         _check_names([entry.name for entry in entries], key)
     for index, entry in enumerate(recipe.write):
@@ -55,7 +55,7 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
 def unseen_files(recipe: Recipe) -> list[str]:
     """A line for every local dataset that is too large to be looked at as a whole before it is loaded."""
     lines = []
-    for key, data in _lists(recipe):
+    for key, data in data_lists(recipe):
         for name in data_names(data):
             if not name.startswith("@") and not inspect_files(*find_definition(name, key), key).whole:
                 lines.append(
@@ -71,7 +71,7 @@ def _check_names(names: list[str], key: str) -> None:
             raise RecipeError(key, f"two entries are called {name}; rename one")
 
 
-def _lists(recipe: Recipe) -> Iterator[tuple[str, Sequence[str | Part]]]:
+def data_lists(recipe: Recipe) -> Iterator[tuple[str, Sequence[str | Part]]]:
     """The `data` lists of text, by key."""
     yield "convert.calibration.data", recipe.convert.calibration.data
     yield "evaluate.data", recipe.evaluate.data

@@ -14,7 +14,7 @@ from transmla.report.collect import collect
 from transmla.report.figures import plot_figures
 from transmla.report.generated_text import written_lines
 from transmla.report.summary import answer_lines
-from transmla.report.tables import quality_table, recovered_table, task_tables, threshold_table
+from transmla.report.tables import made_with, quality_table, recovered_table, task_tables, threshold_table
 
 
 def render(report: dict[str, Any]) -> str:
@@ -69,6 +69,7 @@ def render(report: dict[str, Any]) -> str:
     lines += ["", *means] if means else []
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["", f"Seed {report['seed']}; {versions}. Figures: `figures/`.", ""]
+    lines += made_with(report["provenance"])
     return "\n".join(lines)
 
 
@@ -80,13 +81,14 @@ def save_report(
     *,
     answers: dict[str, dict[str, Answers]],
     exported: Path,
+    provenance: dict[str, Any],
 ) -> dict[str, Any]:
     """Write report.json, report.md, figures/*.png and answers.jsonl below `out`; returns the report.
 
     Args:
-        metadata, answers, exported: as in `collect`.
+        metadata, answers, exported: as in `collect`. provenance: command, versions, card and commits of the last run.
     """
-    report = collect(recipe, geometry, metadata, answers=answers, exported=exported)
+    report = collect(recipe, geometry, metadata, answers=answers, exported=exported) | {"provenance": provenance}
     save_whole(out / "report.json", json.dumps(report, indent=1))
     save_whole(out / "report.md", render(report))
     plot_figures(report, out / "figures")

@@ -119,3 +119,13 @@ def _difference(summary: dict[str, Any], measure: str) -> str:
     difference = summary["difference"][measure]
     low, high = difference["interval"]
     return f"{100 * difference['value']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def made_with(provenance: dict[str, Any]) -> list[str]:
+    """The command, the machine, and the commits of hub repositories."""
+    lines = [f"Last command: `{provenance['command']}`; Python {provenance['python']}, {provenance['device']}.", ""]
+    lines += [
+        f"- {key} is {entry['repository']}, commit {entry['commit'] or 'unknown'}"
+        for key, entry in provenance["hub"].items()
+    ]
+    return lines + [""] if provenance["hub"] else lines

@@ -57,7 +57,8 @@ class Run:
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if self.state.num_processes > 1:
             with self.state.main_process_first():  # one process downloads, the others find it in the cache
-                _ = None if self.drawn else self.source_folder
+                if not self.drawn:
+                    _ = self.source_folder
 
     def say(self, text: str) -> None:
         """Print a line, on the first process."""

@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from transmla.data.mixture import load_mixture
+from transmla.data.rows import main_first
 from transmla.data.windows import named_windows
 from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part, data_names
@@ -45,7 +46,8 @@ def training_data(run: Run, index: int) -> Dataset:
     """The data of recovery stage `index`."""
     key = f"recover.{index}.data"
     data = resolve(run, run.recipe.recover[index].data, key)
-    return load_mixture(data, key, run.tokenizer, run.recipe.seed, say=run.say)
+    with main_first():
+        return load_mixture(data, key, run.tokenizer, run.recipe.seed, say=run.say)
 
 
 def token_windows_of(

@@ -57,7 +57,7 @@ def describe_environment() -> str:
         ("transmla", f"{__version__} in {Path(__file__).resolve().parents[1]}"),
         ("python", f"{platform.python_version()} in {sys.executable}"),
         ("system", f"{platform.platform()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.1f} GiB"),
-        *((name, found) for name in PACKAGES if (found := _version(name))),
+        *((name, found) for name in PACKAGES if (found := package_version(name))),
         ("cuda", torch.version.cuda or "none"),
         *((f"cuda:{index}", _card(index)) for index in range(torch.cuda.device_count())),
         ("device", f"{device}, {dtype} where a recipe says auto"),
@@ -69,7 +69,8 @@ def describe_environment() -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -30,6 +30,7 @@ from transmla.run.convert import output_scales
 from transmla.run.datasets import evaluation_windows
 from transmla.run.export import MAKING
 from transmla.run.paths import reference_file
+from transmla.run.provenance import provenance
 from transmla.run.sampled_batches import SampledBatches, all_of, sample_missing
 from transmla.run.streamed_evaluation import evaluate_streamed
 from transmla.run.write import require_room
@@ -65,6 +66,7 @@ def evaluate(run: Run) -> None:
             metadata,
             answers={name: found for name, found in answers.items() if found},
             exported=run.paths.exported,
+            provenance=provenance(run.recipe, run.prepared.device),
         )
         run.say((run.paths.root / "report.md").read_text())
         found = [missed(report)]

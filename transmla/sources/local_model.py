@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def stream_model(folder: Path, dtype: torch.dtype, device: str) -> LayeredModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     student = stored_model(folder, config, dtype, torch.device(device), "output_dir", source=False)
     if (folder / GENERATION).is_file():
-        student.model.generation_config = GenerationConfig.from_pretrained(folder)
+        student.model.generation_config = GenerationConfig.from_dict(json.loads((folder / GENERATION).read_text()))
     return student
 
 

@@ -83,8 +83,10 @@ def temporary_folder() -> Iterator[Path]:
     """A folder among the system's temporary ones, removed in the end."""
     with tempfile.TemporaryDirectory() as name:
         _scratch.add(Path(name))
-        yield Path(name)
-    _scratch.discard(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            _scratch.discard(Path(name))
 
 
 def remove_scratch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 
@@ -10,8 +11,16 @@ import sys
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 NO_ROOM = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
-CPU_MEMORY = re.compile(r"DefaultCPUAllocator: .*|Cannot allocate memory|std::bad_alloc", re.DOTALL)
+MEMORY_OF_LIBRARIES = re.compile(
+    r"DefaultCPUAllocator: |Cannot allocate memory|std::bad_alloc|CUDA error: out of memory"
+    r"|CU(BLAS|DNN|SOLVER|FFT)_STATUS_ALLOC_FAILED"
+)
+WORKER = re.compile(
+    r"DataLoader worker .*(killed by signal|exited unexpectedly)|One of the subprocesses has abruptly died"
+)
 MEMORY = "make its batch_size, max_length or tokens per step smaller, or free memory; the same command goes on"
+
+WORKERS = "use fewer (dataloader_num_workers, dataset_num_proc), or free memory; the same command goes on"
 
 
 def fault_of(error: BaseException) -> str | None:
@@ -19,10 +28,12 @@ def fault_of(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if is_memory(error):
         return f"out of memory: {text[:300] or 'the process could not get any more'}; {MEMORY}"
+    if isinstance(error, RuntimeError) and WORKER.search(text):
+        return f"a process that prepares data was ended, most often for want of memory: {text[:300]}; {WORKERS}"
     number = error.errno if isinstance(error, OSError) else None
     if number in DISK or NO_ROOM.search(text):
         return f"the disk refuses: {text[:300]}; make room, or mend it, and the same command goes on"
-    lost = isinstance(error, OSError) and number in LOST and error.filename is not None
+    lost = isinstance(error, OSError) and number in LOST and os.sep in str(error.filename)  # else a program's name
     if lost or (type(error).__name__ == "SafetensorError" and "No such file" in text):
         return f"a file is gone or closed to this user: {text[:300]}; the same command makes again what it can"
     return None
@@ -34,5 +45,5 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     return (isinstance(error, OSError) and error.errno == errno.ENOMEM) or (
-        isinstance(error, RuntimeError) and CPU_MEMORY.search(str(error)) is not None
+        isinstance(error, RuntimeError) and MEMORY_OF_LIBRARIES.search(str(error)) is not None
     )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _pids: dict[int, int] = {}  # by number, of the processes that are watched
 _missing: dict[int, float] = {}  # since when, by number
+_count = 1  # of the run's processes, on all hosts
 
 
 def rank() -> int:
@@ -18,16 +21,23 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
 
 
+def address() -> tuple[str, int]:
+    """Where this process is found: its host, and the process id there. Containers of one host count as several."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}", os.getpid()
+
+
 def watch_others(processes: Sequence[tuple[str, int]]) -> None:
     """Name the processes of the run; an empty list ends the watch.
 
     Args:
-        processes: host and process id, by number.
+        processes: the address of each, by number.
     """
-    here = socket.gethostname()
+    global _count
+    here, own = address()
     _missing.clear()
     _pids.clear()
-    _pids.update({number: pid for number, (host, pid) in enumerate(processes) if host == here and pid != os.getpid()})
+    _pids.update({number: pid for number, (host, pid) in enumerate(processes) if host == here and pid != own})
+    _count = len(processes)
 
 
 def watches() -> bool:
@@ -48,15 +58,46 @@ def death_of(number: int) -> str:
     """One sentence about a dead process; nothing where it is another one's to say."""
     if rank() != min([rank(), *(other for other, pid in _pids.items() if _alive(pid))]):
         return ""
-    who = f"process {number} (pid {_pids.get(number)}) of {len(_pids) + 1}"
+    who = f"process {number} (pid {_pids.get(number)}) of {_count}"
     return (
         f"error: {who} has ended, and the run with it; if it has printed no reason, the system killed it, most often "
         "for want of memory; the same command goes on from the last checkpoint"
     )
 
 
-def _alive(pid: int) -> bool:
+def pass_on(number: int) -> None:
+    """Send the others a signal that may have come to this process alone, before it ends of it."""
+    number = signal.SIGTERM if number == signal.SIGINT else number  # their second SIGINT would mean more
+    living = [pid for pid in _pids.values() if _alive(pid)]
+    for pid in living:
+        with suppress(OSError):
+            os.kill(pid, number)
+    if living:
+        time.sleep(0.2)  # while they look whether somebody had died before
+
+
+def descendants() -> list[int]:
+    """Process ids of this process's children, their children, and so on."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal() and (fields := _stat(int(entry))):
+            parents[int(entry)] = int(fields[1])
+    found = [os.getpid()]
+    for above in found:  # grows meanwhile
+        found += [pid for pid, parent in parents.items() if parent == above]
+    return found[1:]
+
+
+def _stat(pid: int) -> list[bytes] | None:
+    """What the kernel tells of a process from its state on; None where there is none, empty where it does not tell."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except OSError:  # as for want of file descriptors
+        return []
+
+
+def _alive(pid: int) -> bool:
+    fields = _stat(pid)
+    return fields is not None and (not fields or fields[0] not in (b"Z", b"X"))

@@ -6,6 +6,7 @@ exception would not do, because Python drops those that are raised in finalizers
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from transmla.files import remove_scratch
-from transmla.process.siblings import dead, death_of, rank
+from transmla.process.siblings import dead, death_of, descendants, pass_on, rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 REPEATED = 1.0  # seconds; `timeout` and some launchers send one request twice
 FAILED = 2  # exit code of what a user has to mend
+CLEANING = 10.0  # seconds that an ending process may take for what it has half made
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Request:
 
     number: the signal's, 0 for none. since: its time. held: how many blocks have it wait. reason: another one than the
     signal. dead: the number of a process of the run that had died before, for which a launcher stops the others.
+    saving: the last step is done, and its checkpoint is waited for.
     """
 
     number: int = 0
@@ -37,6 +40,7 @@ class Request:
     held: int = 0
     reason: str = ""
     dead: int | None = None
+    saving: bool = False
 
 
 _request = Request()  # of the process, as its signal handlers are
@@ -65,7 +69,7 @@ def on_signal(number: int, frame: object) -> None:
 def on_repeated(number: int) -> None:
     """A second Ctrl-C ends the process whatever it does."""
     if number == signal.SIGINT and _request.number and time.monotonic() - _request.since > REPEATED:
-        say("ended by a second SIGINT; the same command goes on from the last checkpoint")
+        say("" if rank() else "ended by a second SIGINT; the same command goes on from the last checkpoint")
         os._exit(128 + number)
 
 
@@ -85,21 +89,31 @@ def end_stopped(where: str = "") -> NoReturn:
     """End this process as it was asked to; the first of the run says so. where: how far it has come."""
     if _request.dead is not None:
         end_now(FAILED, death_of(_request.dead))
+    pass_on(_request.number)
     why = _request.reason or signal.Signals(_request.number).name
     end_now(128 + _request.number, "" if rank() else f"stopped by {why}{where}; the same command goes on")
 
 
 def end_now(code: int, sentence: str) -> NoReturn:
-    """End this process from any thread, whatever the others do: its children, what it has half made, itself."""
-    import psutil
+    """End this process from any thread, whatever the others do: its children, what it has half made, itself.
 
+    Nothing is imported here: a handler may have interrupted an import.
+    """
     _ending.acquire()  # the first thread that comes here ends the process
-    with suppress(psutil.Error):
-        for child in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                child.kill()
-    remove_scratch()
+    with suppress(RuntimeError, MemoryError):
+        # Not threading's: its start takes a lock that the interrupted thread may hold.
+        _thread.start_new_thread(_end_at_last, (code,))
+    for pid in descendants():
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
     say(sentence)
+    remove_scratch()
+    os._exit(code)
+
+
+def _end_at_last(code: int) -> None:
+    """Where a full pipe that nobody reads, or a slow disk, keeps a process from ending."""
+    time.sleep(CLEANING)
     os._exit(code)
 
 

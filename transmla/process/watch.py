@@ -4,7 +4,7 @@ A handler of Python runs when the main thread returns to Python. While that wait
 or loads a file, the thread still sees
 
     a signal            outside of training: the main thread has GRACE seconds to end by itself
-    no launcher         torchrun or accelerate was killed: as SIGTERM, but a training step has LAST_STEP seconds
+    no launcher         torchrun or accelerate was killed: as SIGTERM, but a training step has LAST_STEP seconds to end
     no other process    one that trained beside this one has died: end at once and name it
 """
 
@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,7 +39,10 @@ GRACE = 3.0  # seconds
 LAST_STEP = 20.0  # seconds
 TICK = 0.5  # seconds between looks
 DEAD = 1.0  # seconds after which a process that is gone counts as dead: it may just have ended as this one will
-LAUNCHERS = ("torchrun", "accelerate", "torch.distributed", "deepspeed", "torch/distributed")
+# Of a launcher's command line: a program's name, a module after -m, or a module's file.
+PROGRAMS = ("torchrun", "accelerate", "accelerate-launch", "deepspeed")
+MODULES = ("torch.distributed.", "accelerate.commands.", "deepspeed.launcher.")
+FILES = tuple(f"/{module.replace('.', '/')}" for module in MODULES)
 PR_SET_PDEATHSIG = 1
 
 
@@ -61,9 +65,12 @@ class Watch:
         asked, now = request(), time.monotonic()
         if self.launcher is not None and os.getppid() != self.launcher and self._gone is None:
             self._gone = now
-            asked.reason = asked.reason or "the end of its launcher"
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self._gone is not None and now - self._gone > (LAST_STEP if self.training else GRACE):
+            if not asked.number:
+                asked.reason = "the end of its launcher"
+            ask(signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread
+        patience = LAST_STEP if self.training else GRACE
+        if self._gone is not None and not asked.saving and now - self._gone > patience:
             end_now(128 + signal.SIGTERM, "" if rank() else "ended: its launcher is gone")
         if not asked.number or self.training:
             end_if_dead()
@@ -79,32 +86,45 @@ def end_if_dead() -> None:
 
 def _launcher() -> int | None:
     """The process id of the launcher that started this process; None where a shell or a service did."""
-    parent = os.getppid()
+    parent, elastic = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
     with suppress(OSError):
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        # The words before the program that is launched: its own may be in a folder called accelerate.
-        own = [word for word in words[:4] if not word.endswith("recover.py")]
-        if "TORCHELASTIC_RUN_ID" in os.environ or any(name in word for word in own for name in LAUNCHERS):
-            return parent
+        if elastic or any(map(_launches, words[:4])):  # interpreter, its options, the program
+            return 0 if elastic and _adopted(parent) else parent
     return None
+
+
+def _launches(word: str) -> bool:
+    return word.rpartition("/")[2] in PROGRAMS or word.startswith(MODULES) or any(part in word for part in FILES)
+
+
+def _adopted(parent: int) -> bool:
+    """Whether the launcher had died before one could look: it is Python, and what adopts orphans is not."""
+    try:
+        return "python" not in os.path.basename(os.readlink(f"/proc/{parent}/exe"))
+    except OSError:
+        return parent == 1
 
 
 _watch: Watch | None = None  # of the process, where it is watched
 _follows = False
+_forking = (0, False)  # who forks last: its process id, and whether in its main thread
 
 
 @contextmanager
 def watched() -> Iterator[None]:
     """Within, signals stop the run in one line, and it ends with its launcher and with its other processes.
 
-    What was ignored when the process started, as SIGHUP under nohup, stays ignored.
+    What was ignored when the process started, as SIGHUP under nohup, stays ignored. In an interactive session, as of a
+    notebook, and in a thread beside the main one everything stays as it was: the process is more than this run.
     """
     global _watch
-    if threading.current_thread() is not threading.main_thread() or _watch is not None:
+    interactive = hasattr(sys, "ps1") or sys.flags.interactive
+    if interactive or threading.current_thread() is not threading.main_thread() or _watch is not None:
         yield
         return
     asked = request()
-    asked.number, asked.held, asked.reason, asked.dead = 0, 0, "", None
+    asked.number, asked.held, asked.reason, asked.dead, asked.saving = 0, 0, "", None, False
     watch_others([])
     before = {number: signal.getsignal(number) for number in SIGNALS}
     receiver, sender = socket.socketpair()
@@ -150,7 +170,12 @@ def _follow_forks() -> None:
     global _follows
     if not _follows:
         _follows = True
-        os.register_at_fork(after_in_child=_in_child)
+        os.register_at_fork(before=_before_fork, after_in_child=_in_child)
+
+
+def _before_fork() -> None:
+    global _forking
+    _forking = (os.getpid(), threading.current_thread() is threading.main_thread())
 
 
 def _in_child() -> None:
@@ -162,7 +187,11 @@ def _in_child() -> None:
             signal.signal(number, signal.SIG_DFL)
     with suppress(OSError):
         os.setpgid(0, 0)
-    die_with_parent()
+    parent, by_main_thread = _forking
+    if by_main_thread:  # the end of another thread is not the end of the run
+        die_with_parent()
+        if os.getppid() != parent:  # it had ended before the kernel knew
+            os._exit(1)
 
 
 def end_if_another_died() -> None:

@@ -44,27 +44,40 @@ class _StopBetweenSteps(TrainerCallback):
         number = request().number if self.requests is None else self.requests.share(request().number)
         if number:
             ask(number)
+            request().saving = True
             control.should_save = control.should_training_stop = True
+
+    def agreed(self) -> int:
+        """The number of the signal by which all processes end after the last step; 0: they go on."""
+        number = request().number
+        if self.requests is not None and (number := self.requests.agree(number)):
+            ask(number)
+        return number
 
 
 class SharedRequests:
-    """The highest signal number that any process was sent, the same in all of them.
-
-    Nothing waits for a GPU: there the answer is that of the step before, whose work is done by then.
-    """
+    """The highest signal number that any process was sent, the same in all of them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.before: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def share(self, number: int) -> int:
-        """Called by all processes after every step; number: this one's, 0 for none."""
+    def _highest(self, number: int) -> Tensor:
         found = torch.full((1,), number, dtype=torch.int32, device=self.device)
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        return found
+
+    def agree(self, number: int) -> int:
+        """Called by all processes, which wait for one another; number: this one's, 0 for none."""
+        return int(self._highest(number))
+
+    def share(self, number: int) -> int:
+        """Called by all processes after every step. Nothing waits for a GPU: there the answer is that of the step
+        before, whose work is done by then."""
         if self.device.type != "cuda":
-            return int(found)
+            return self.agree(number)
         copied, event = torch.empty(1, dtype=torch.int32, pin_memory=True), torch.cuda.Event()
-        copied.copy_(found, non_blocking=True)
+        copied.copy_(self._highest(number), non_blocking=True)
         event.record()
         before, self.before = self.before, (copied, event)
         if before is None:
@@ -91,13 +104,12 @@ def train_to_the_end(trainer: Trainer, checkpoint: Path | None, key: str) -> Non
         trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     else:
         trainer.add_callback(_FiniteLoss(key))
-        trainer.add_callback(_StopBetweenSteps(trainer))
+        trainer.add_callback(stop := _StopBetweenSteps(trainer))
         with training():
             _train(trainer, checkpoint, key)
-            if number := request().number:
+            if stop.agreed():  # all are here: the first has written the checkpoint
                 watch_others([])  # they end as soon as they can
-            trainer.accelerator.wait_for_everyone()  # the first has written the checkpoint
-            if number:
+                trainer.accelerator.wait_for_everyone()
                 end_stopped(f" after step {trainer.state.global_step} of {steps} of {key}")
     if trainer.state.global_step != steps:
         raise RecipeError(

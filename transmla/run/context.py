@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 from dataclasses import replace
 from datetime import timedelta
 from functools import cached_property
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
 from transmla.plan.checks import Prepared
-from transmla.process.siblings import watch_others
+from transmla.process.siblings import address, watch_others
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
 from transmla.sources.drawn_parts import drawn_model
@@ -43,7 +42,7 @@ class Run:
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         if self.state.num_processes > 1:
-            watch_others(gather_object([(socket.gethostname(), os.getpid())]))
+            watch_others(gather_object([address()]))
         chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ
         broadcast_object_list(chosen)
         prepared = replace(prepared, streaming=chosen[0], evaluation=chosen[1])

@@ -46,6 +46,7 @@ def run_verb(run: Run, verb: str) -> None:
     """
     for stage in PIPELINES[verb]:
         stage(run)
-    watch_others([])  # the others may end before this one does
+    run.state.wait_for_everyone()
+    watch_others([])  # the others may end before this one does, but not before it has ceased to watch them
     run.state.wait_for_everyone()
     run.state.destroy_process_group()  # gloo's threads may abort a process that ends without it

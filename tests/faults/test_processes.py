@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from tests.faults.attempts import TORCHRUN
 from tests.faults.recipe import contents
 from tests.recipes.test_signals import start, wait_for
 from tests.unit.test_stopping import gone
 
 pytestmark = pytest.mark.faults
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 
 
 def ranks(launcher: subprocess.Popen[str]) -> list[int]:

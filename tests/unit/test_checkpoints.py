@@ -106,9 +106,9 @@ def ended(monkeypatch):
         said.append(where)
         raise Ended
 
-    monkeypatch.setattr(last_step, "end_stopped", end)
+    monkeypatch.setattr(last_step, "end_after_step", end)
     yield said
-    request().number = 0
+    request().number, request().saving = 0, False
 
 
 @pytest.mark.parametrize("saves", [{}, {"save_strategy": "no"}, {"enable_jit_checkpoint": True}], ids=str)

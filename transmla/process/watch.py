@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from transmla.process.siblings import dead, death_of, rank, watch_others, watches
 from transmla.process.stopping import (
@@ -44,6 +45,7 @@ PROGRAMS = ("torchrun", "accelerate", "accelerate-launch", "deepspeed")
 MODULES = ("torch.distributed.", "accelerate.commands.", "deepspeed.launcher.")
 FILES = tuple(f"/{module.replace('.', '/')}" for module in MODULES)
 PR_SET_PDEATHSIG = 1
+ORPHANED = "the end of its launcher"
 
 
 def die_with_parent() -> None:
@@ -60,13 +62,17 @@ class Watch:
         self.training = False
         self._gone: float | None = None  # since when the launcher is
 
+    def is_orphan(self) -> bool:
+        """Whether the launcher is gone."""
+        return self.launcher is not None and os.getppid() != self.launcher
+
     def look(self) -> None:
         """End the process, or ask it to end, where it must."""
         asked, now = request(), time.monotonic()
-        if self.launcher is not None and os.getppid() != self.launcher and self._gone is None:
+        if self._gone is None and self.is_orphan():
             self._gone = now
             if not asked.number:
-                asked.reason = "the end of its launcher"
+                asked.reason = ORPHANED
             ask(signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # wakes the main thread
         patience = LAST_STEP if self.training else GRACE
@@ -201,6 +207,13 @@ def end_if_another_died() -> None:
         while time.monotonic() < until:
             end_if_dead()
             time.sleep(TICK / 2)
+
+
+def end_after_step(where: str) -> NoReturn:
+    """End this process as it was asked to, or as another process of the run was, which may have seen more."""
+    if _watch is not None and _watch.is_orphan():
+        request().reason = ORPHANED
+    end_stopped(where)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transmla.errors import RecipeError
 from transmla.process.machine_faults import is_memory
 from transmla.process.siblings import watch_others
-from transmla.process.stopping import ask, end_stopped, request
-from transmla.process.watch import training
+from transmla.process.stopping import ask, request
+from transmla.process.watch import end_after_step, training
 from transmla.recover.checkpoints import step_of
 
 REMEDY = "lower trainer.learning_rate or trainer.max_grad_norm"
@@ -110,7 +110,7 @@ def train_to_the_end(trainer: Trainer, checkpoint: Path | None, key: str) -> Non
             if stop.agreed():  # all are here: the first has written the checkpoint
                 watch_others([])  # they end as soon as they can
                 trainer.accelerator.wait_for_everyone()
-                end_stopped(f" after step {trainer.state.global_step} of {steps} of {key}")
+                end_after_step(f" after step {trainer.state.global_step} of {steps} of {key}")
     if trainer.state.global_step != steps:
         raise RecipeError(
             key,

@@ -53,6 +53,16 @@ WORK = {
         print(os.getpid(), flush=True)
     time.sleep(60)""",
 }
+WORK["worker"] = """
+    worker = os.fork()
+    if not worker:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    with training():
+        while not request().number:
+            time.sleep(0.01)
+        os.kill(worker, signal.SIGTERM)
+        os._exit(7 if os.waitpid(worker, 0) == (worker, 0) else 8)"""
 END = "\n    return 0\nsys.exit(guarded(work))"
 
 
@@ -93,6 +103,7 @@ def test_a_signal_is_one_line_and_a_code(number: signal.Signals, work: str, tmp_
 
 def test_a_library_that_does_not_return_is_waited_for_shortly(tmp_path) -> None:
     process = Process("library", tmp_path)
+    time.sleep(1.0)  # until it is in the library
     process.process.send_signal(signal.SIGTERM)
     code, printed, seconds = process.end()
     assert code == 143 and printed.startswith("stopped by SIGTERM") and 2 < seconds < 10
@@ -139,6 +150,17 @@ def test_a_worker_dies_with_its_run(number: signal.Signals, tmp_path) -> None:
     process.process.send_signal(number)
     process.process.wait()
     assert gone(process.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_worker_heeds_its_run_alone(number: signal.Signals, tmp_path) -> None:
+    """systemd and Slurm send a signal to every process; a step whose worker ended of it could not be saved."""
+    process = Process("worker", tmp_path)
+    os.kill(process.pid, number)
+    assert not gone(process.pid, 1.0)
+    process.process.send_signal(signal.SIGUSR1)  # has it send SIGTERM to the worker
+    code, printed, _ = process.end()
+    assert (code, printed) == (7, "") and gone(process.pid)
 
 
 @pytest.mark.parametrize(("name", "ends"), [("accelerate", True), ("shell", False)])
@@ -194,6 +216,19 @@ def test_other_processes_of_a_run_share_its_lock(tmp_path, monkeypatch) -> None:
         monkeypatch.delenv("RANK")
 
 
+def raised_from(cause: Exception, *, explicitly: bool) -> Exception:
+    """A library's own error that came of another one."""
+    try:
+        try:
+            raise cause
+        except OSError as error:
+            if explicitly:
+                raise RuntimeError("generation failed") from error
+            raise RuntimeError("generation failed")  # noqa: B904  # as many libraries do
+    except RuntimeError as error:
+        return error
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
@@ -202,6 +237,13 @@ def test_other_processes_of_a_run_share_its_lock(tmp_path, monkeypatch) -> None:
         (OSError(28, "No space left on device", "x"), "the disk refuses: .*; make room"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk refuses"),
         (FileNotFoundError(2, "No such file or directory", "a/model.safetensors"), "a file is gone .*a/model.safet"),
+        (raised_from(OSError(28, "No space left on device"), explicitly=True), "the disk refuses"),
+        (raised_from(OSError(28, "No space left on device"), explicitly=False), "the disk refuses"),
+        (raised_from(FileNotFoundError(2, "No such file", "a/x"), explicitly=True), "a file is gone"),
+        (raised_from(FileNotFoundError(2, "No such file", "a/x"), explicitly=False), None),
+        (FileNotFoundError(2, "No such file or directory", "gcc"), None),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a process that prepares data"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "out of memory"),
         (RuntimeError("shapes differ"), None),
         (ZeroDivisionError(), None),
     ],

@@ -24,19 +24,46 @@ WORKERS = "use fewer (dataloader_num_workers, dataset_num_proc), or free memory;
 
 
 def fault_of(error: BaseException) -> str | None:
-    """One sentence with the remedy; None of an error that is not the machine's."""
-    text = " ".join(str(error).split())
-    if is_memory(error):
-        return f"out of memory: {text[:300] or 'the process could not get any more'}; {MEMORY}"
-    if isinstance(error, RuntimeError) and WORKER.search(text):
-        return f"a process that prepares data was ended, most often for want of memory: {text[:300]}; {WORKERS}"
-    number = error.errno if isinstance(error, OSError) else None
-    if number in DISK or NO_ROOM.search(text):
-        return f"the disk refuses: {text[:300]}; make room, or mend it, and the same command goes on"
-    lost = isinstance(error, OSError) and number in LOST and os.sep in str(error.filename)  # else a program's name
-    if lost or (type(error).__name__ == "SafetensorError" and "No such file" in text):
-        return f"a file is gone or closed to this user: {text[:300]}; the same command makes again what it can"
+    """One sentence with the remedy; None of an error that is not the machine's.
+
+    Libraries raise errors of their own from the machine's, or while they handle it: what these came of counts too. A
+    file that is not there is an answer as often as a fault, and counts only where the error says that it came of it.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    said = True
+    while cause is not None and cause not in seen:
+        if (sentence := _shortage(cause)) is not None or (said and (sentence := _lost(cause)) is not None):
+            return sentence
+        seen.append(cause)
+        said = said and cause.__cause__ is not None
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+def _shortage(error: BaseException) -> str | None:
+    """What is said of want of memory, of room on a disk, and of workers."""
+    text = _text(error)
+    if is_memory(error):
+        return f"out of memory: {text or 'the process could not get any more'}; {MEMORY}"
+    if isinstance(error, RuntimeError) and WORKER.search(text):
+        return f"a process that prepares data was ended, most often for want of memory: {text}; {WORKERS}"
+    if (isinstance(error, OSError) and error.errno in DISK) or NO_ROOM.search(text):
+        return f"the disk refuses: {text}; make room, or mend it, and the same command goes on"
+    return None
+
+
+def _lost(error: BaseException) -> str | None:
+    """What is said of a file that was there; a name without a folder is a program's."""
+    text = _text(error)
+    lost = isinstance(error, OSError) and error.errno in LOST and os.sep in str(error.filename)
+    if lost or (type(error).__name__ == "SafetensorError" and "No such file" in text):
+        return f"a file is gone or closed to this user: {text}; the same command makes again what it can"
+    return None
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def is_memory(error: BaseException) -> bool:

@@ -10,7 +10,6 @@ or loads a file, the thread still sees
 
 from __future__ import annotations
 
-import ctypes
 import os
 import select
 import signal
@@ -23,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from transmla.process.forks import follow_forks
 from transmla.process.siblings import dead, death_of, rank, watch_others, watches
 from transmla.process.stopping import (
     FAILED,
@@ -44,14 +44,7 @@ DEAD = 1.0  # seconds after which a process that is gone counts as dead: it may 
 PROGRAMS = ("torchrun", "accelerate", "accelerate-launch", "deepspeed")
 MODULES = ("torch.distributed.", "accelerate.commands.", "deepspeed.launcher.")
 FILES = tuple(f"/{module.replace('.', '/')}" for module in MODULES)
-PR_SET_PDEATHSIG = 1
 ORPHANED = "the end of its launcher"
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Watch:
@@ -113,8 +106,6 @@ def _adopted(parent: int) -> bool:
 
 
 _watch: Watch | None = None  # of the process, where it is watched
-_follows = False
-_forking = (0, False)  # who forks last: its process id, and whether in its main thread
 
 
 @contextmanager
@@ -141,7 +132,7 @@ def watched() -> Iterator[None]:
         if handler is not signal.SIG_IGN:
             signal.signal(number, on_signal)
     _watch, done = Watch(), threading.Event()
-    _follow_forks()
+    follow_forks(is_watched)
     thread = threading.Thread(target=_look_on, args=(_watch, receiver, done), name="watch", daemon=True)
     thread.start()
     try:
@@ -171,33 +162,9 @@ def _look_on(watch: Watch, receiver: socket.socket, done: threading.Event) -> No
             watch.look()
 
 
-def _follow_forks() -> None:
-    """Workers (of data loaders) get no signals of this run's process group, and die with it."""
-    global _follows
-    if not _follows:
-        _follows = True
-        os.register_at_fork(before=_before_fork, after_in_child=_in_child)
-
-
-def _before_fork() -> None:
-    global _forking
-    _forking = (os.getpid(), threading.current_thread() is threading.main_thread())
-
-
-def _in_child() -> None:
-    if _watch is None:
-        return
-    signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
-        if signal.getsignal(number) is on_signal:
-            signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError):
-        os.setpgid(0, 0)
-    parent, by_main_thread = _forking
-    if by_main_thread:  # the end of another thread is not the end of the run
-        die_with_parent()
-        if os.getppid() != parent:  # it had ended before the kernel knew
-            os._exit(1)
+def is_watched() -> bool:
+    """Whether this process is a run, or was forked from one."""
+    return _watch is not None
 
 
 def end_if_another_died() -> None:

@@ -51,6 +51,31 @@ def test_a_signal_to_any_of_them(who: str, straight: dict[str, str], tmp_path) -
     assert process.returncode == 0 and contents(tmp_path / "out") == straight
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_to_one_of_them_outside_of_training(number: int, tmp_path) -> None:
+    process = start(tmp_path, *TORCHRUN)
+    wait_for(process, "[convert] ...")
+    os.kill(ranks(process)[number], signal.SIGUSR1)
+    printed = finish(process)
+    said = [line for line in printed.splitlines() if line.startswith(("stopped", "error"))]
+    assert said == ["stopped by SIGUSR1; the same command goes on"], printed
+
+
+def test_a_second_run_of_two_processes_is_refused(tmp_path) -> None:
+    first = start(tmp_path, *TORCHRUN)
+    wait_for(first, "[convert] ...")
+    holder = ranks(first)[0]
+    os.kill(holder, signal.SIGSTOP)
+    second = start(tmp_path, *TORCHRUN)
+    printed = finish(second)
+    os.kill(holder, signal.SIGCONT)
+    said = [line for line in printed.splitlines() if line.startswith(("stopped", "error"))]
+    assert second.returncode == 1 and len(said) == 1
+    assert said[0].startswith(f"error: output_dir: out is in use by a run, process {holder} on ")
+    finish(first)
+    assert first.returncode == 0
+
+
 def test_the_launcher_is_killed(straight: dict[str, str], tmp_path) -> None:
     process = start(tmp_path, *TORCHRUN)
     wait_for(process, "{'loss'")

@@ -20,7 +20,7 @@ from tests.faults.attempts import Cold, Warm, serve
 from tests.faults.recipe import contents, save
 
 pytestmark = pytest.mark.faults
-KILLS = {1: int(os.environ.get("TRANSMLA_KILLS", "12")), 2: int(os.environ.get("TRANSMLA_KILLS_OF_TWO", "5"))}
+KILLS = {1: int(os.environ.get("TRANSMLA_KILLS", "8")), 2: int(os.environ.get("TRANSMLA_KILLS_OF_TWO", "3"))}
 SEED = int(os.environ.get("TRANSMLA_KILL_SEED", "0"))
 COLD = 0.15  # of the attempts are the command itself; half of these are killed before they print anything
 LINES = 24  # of an attempt's progress, at most, before it is killed; the whole path prints about 80

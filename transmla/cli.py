@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from transmla.errors import RecipeError
+from transmla.process.command import guarded
 from transmla.recipe.system import require_linux
 
 VERBS = {
@@ -33,6 +34,11 @@ USAGE = "\n".join(
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
+        "exit codes:",
+        "  0         done",
+        "  1         a threshold was missed, or a recipe of the zoo failed",
+        "  2         one line says what to mend: recipe, command, memory, disk, a process that died",
+        "  128 + N   stopped by signal N, the same command goes on: Ctrl-C 130, SIGTERM 143, SIGHUP 129, SIGUSR1 138",
     ]
 )
 
@@ -41,25 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 where a threshold was missed or a recipe of the zoo failed; 2 for a user's mistake, printed as one line
-        that names the recipe key and the fix.
+        0; 1 where a threshold was missed or a recipe of the zoo failed; 2 for a user's mistake or what the machine
+        lacks, printed as one line that names the recipe key and the fix. A signal ends the process, with 128 + N.
     """
+    return guarded(lambda: _answer(arguments))
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb in ("-h", "--help") or "-h" in words or "--help" in words:
         print(USAGE)
         return 0
     verb = RENAMED.get(verb, verb)
-    try:
-        require_linux()
-        if verb not in VERBS:
-            raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
-        if verb == "env":
-            return _env()
-        return _zoo(words) if verb == "zoo" else _run(verb, words)
-    except RecipeError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+    require_linux()
+    if verb not in VERBS:
+        raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
+    if verb == "env":
+        return _env()
+    return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -91,14 +96,16 @@ def _run(verb: str, words: Sequence[str]) -> int:
 
         print(bench(prepared))
         return 0
+    from transmla.process.output_lock import only_run
     from transmla.run.context import Run
     from transmla.run.environment import quiet
     from transmla.run.pipeline import run_verb
 
     quiet()
 
-    run = Run(prepared)
-    run_verb(run, verb)
+    with only_run(prepared.output):
+        run = Run(prepared)
+        run_verb(run, verb)
     return report_missed(run.missed)
 
 

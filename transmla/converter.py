@@ -23,6 +23,7 @@ if __name__ == "__main__" and not __package__:  # run as a file
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
 
 from transmla.errors import RecipeError
+from transmla.process.command import guarded, print_error
 from transmla.recipe.system import require_linux
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -213,16 +214,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one conversion.
 
     Returns:
-        0; 2 for a user's mistake, printed as one line that names the argument and the fix.
+        0; 2 for a user's mistake, printed as one line that names the argument and the fix. A signal ends the
+        process, with 128 + its number.
     """
-    try:
-        require_linux()
-        _run(parser().parse_args(arguments))
-    except RecipeError as error:
-        key = ARGUMENTS.get(error.key, error.key)
-        print(f"error: {key}: {_in_arguments(error.problem)}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+
+    def answer() -> int:
+        try:
+            require_linux()
+            _run(parser().parse_args(arguments))
+        except RecipeError as error:
+            key = ARGUMENTS.get(error.key, error.key)
+            print_error(f"{key}: {_in_arguments(error.problem)}")
+            return 2
+        return 0
+
+    return guarded(answer)
 
 
 def _in_arguments(text: str) -> str:
@@ -254,6 +260,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from transmla.plan.checks import prepare
     from transmla.plan.dry_run import render_plan
+    from transmla.process.output_lock import only_run
     from transmla.run.comparison import require_free, save_conversion
     from transmla.run.context import Run
     from transmla.run.environment import quiet
@@ -264,9 +271,10 @@ def _run(args: argparse.Namespace) -> None:
         return
     require_free(prepared.output)
     quiet()
-    table = save_conversion(
-        Run(prepared), prepared.output, stock=args.deepseek_style, measure=args.ppl_eval_batch_size > 0
-    )
+    with only_run(prepared.output.resolve(), beside=True):
+        table = save_conversion(
+            Run(prepared), prepared.output, stock=args.deepseek_style, measure=args.ppl_eval_batch_size > 0
+        )
     print(table)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 
 PARTIAL = ".partial"
 MANIFEST = "manifest.json"  # in a finished folder: bytes and SHA-256 of every other file
+_scratch: set[Path] = set()  # folders that this process fills
 
 
 def fsync(path: Path) -> None:
@@ -65,6 +67,7 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     remove(folder)
     folder.mkdir(parents=True)
     descriptor = os.open(folder, os.O_RDONLY)
+    _scratch.add(folder)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,6 +75,24 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     finally:
         os.close(descriptor)
         remove(folder)
+        _scratch.discard(folder)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder among the system's temporary ones, removed in the end."""
+    with tempfile.TemporaryDirectory() as name:
+        _scratch.add(Path(name))
+        try:
+            yield Path(name)
+        finally:
+            _scratch.discard(Path(name))
+
+
+def remove_scratch() -> None:
+    """Remove the scratch and temporary folders of this process, which is about to end without cleaning up."""
+    for folder in list(_scratch):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_abandoned(parent: Path) -> None:

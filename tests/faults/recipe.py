@@ -40,13 +40,15 @@ TREE = {
 }
 
 
-def save(folder: Path) -> None:
-    """The recipe and its text; commands run in this folder."""
+def save(folder: Path, *, recorded: bool = True) -> None:
+    """The recipe and its text; commands run in this folder. recorded: one stage needs the verb `record` before."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = [
         {**stage, "tokens": steps * 2 * 128, "trainer": TRAINER}
         for stage, steps in zip(TREE["recover"], STEPS, strict=True)
     ]
+    if not recorded:
+        del stages[1]["teacher"]
     (folder / "faults.yaml").write_text(yaml.safe_dump({**TREE, "recover": stages}))
     rows = [f"Chapter {number}. Ship {number * 7 % 13} sailed slowly towards the islands. " * 6 for number in range(80)]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

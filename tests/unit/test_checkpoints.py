@@ -1,17 +1,19 @@
 """Checkpoints that are damaged, and the end of a stage: every step is trained, none twice and none past the last."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from tests.unit.test_files import DAMAGES
 from tests.unit.test_recover import losses, make_trainer
 from transmla.errors import RecipeError
 from transmla.files import remove
+from transmla.process.stopping import ask, request
+from transmla.recover import last_step
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.configuration import unchanged_configuration
 from transmla.recover.stage import run_stage
@@ -84,30 +86,60 @@ def test_a_stage_killed_after_its_last_checkpoint(stage: dict, tmp_path) -> None
 
 
 class SignalAtThree(TrainerCallback):
-    """What SIGTERM does where `enable_jit_checkpoint` is set, seconds later and so at any time of a step."""
+    """A signal within the third step."""
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, JITCheckpointCallback) and state.global_step == 2:
-                callback.jit_manager.is_checkpoint_requested = True
+        if state.global_step == 2:
+            ask(signal.SIGTERM)
 
 
-def test_a_stage_that_a_signal_stopped_is_not_finished(tmp_path) -> None:
-    """It goes on to the last bit, dropout included."""
+class Ended(BaseException):
+    pass
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The process goes on where a signal would have ended it; what it would have said."""
+    said = []
+
+    def end(where: str) -> None:
+        said.append(where)
+        raise Ended
+
+    monkeypatch.setattr(last_step, "end_after_step", end)
+    yield said
+    request().number, request().saving = 0, False
+
+
+@pytest.mark.parametrize("saves", [{}, {"save_strategy": "no"}, {"enable_jit_checkpoint": True}], ids=str)
+def test_a_stage_that_a_signal_stopped_goes_on(saves: dict, tmp_path, ended: list[str]) -> None:
+    """To the last bit, dropout included."""
     options = dict(steps=6, accumulate=2, stage={"train": "lora", "lora": {"dropout": 0.2}})
     straight = make_trainer("distill", tmp_path / "straight", **options)
     run_stage(straight, torch.float32)
-    trainer = make_trainer("distill", tmp_path / "stopped", enable_jit_checkpoint=True, **options)
-    signal_at_three = SignalAtThree()
-    signal_at_three.trainer = trainer
-    trainer.add_callback(signal_at_three)
-    with pytest.raises(RecipeError, match=r"^recover.7: training was stopped at step 3 of 6"):
+    trainer = make_trainer("distill", tmp_path / "stopped", **options, **saves)
+    trainer.add_callback(SignalAtThree())
+    with pytest.raises(Ended):
         run_stage(trainer, torch.float32, key="recover.7")
-    again = make_trainer("distill", tmp_path / "stopped", enable_jit_checkpoint=True, **options)
+    assert ended == [" after step 3 of 6 of recover.7"]
+    request().number = 0
+    again = make_trainer("distill", tmp_path / "stopped", **options)
     result = run_stage(again, torch.float32, last_checkpoint(tmp_path / "stopped"))
     assert result["resumed_from"].endswith("checkpoint-3")
     for (name, one), other in zip(straight.student.named_parameters(), again.student.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_want_of_memory_names_the_key(error: Exception, tmp_path, monkeypatch) -> None:
+    trainer = make_trainer("distill", tmp_path, steps=2)
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "training_step", fail)
+    with pytest.raises(RecipeError, match=r"^recover.7.trainer.per_device_train_batch_size: out of memory"):
+        run_stage(trainer, torch.float32, key="recover.7")
 
 
 class Overflow(TrainerCallback):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from transformers import (
 
 from transmla.families import default_kernel, family_of
 from transmla.families.student_config import student_config
+from transmla.files import temporary_folder
 from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.modeling.student import ATTENTION
 from transmla.plan.checks import Prepared
@@ -73,8 +72,8 @@ def random_tokenizer() -> PreTrainedTokenizerBase:
     """One that a trainer or sampler may hold, while tokens are drawn."""
     small = {"model_type": "llama", "vocab_size": 260, "hidden_size": 16, "num_attention_heads": 1}
     facts = small | {"intermediate_size": 16, "num_hidden_layers": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        make_random_model(ModelSource(source="random", config=facts), Path(folder))
+    with temporary_folder() as folder:
+        make_random_model(ModelSource(source="random", config=facts), folder)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -107,9 +106,8 @@ def _measured(
     )
     student = copy.deepcopy(student, {id(value): value for value in trunk})
     reset_peak_memory(prepared.device)
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        config = trainer_config(stage, place, seed=0, device=prepared.device, dtype=prepared.dtype, processes=1)
+    with temporary_folder() as folder:
+        config = trainer_config(stage, folder, seed=0, device=prepared.device, dtype=prepared.dtype, processes=1)
         begun = time.monotonic()
         trainer = build_trainer(
             stage,

@@ -6,6 +6,7 @@ imports the package and nothing else differs. Tokens and scores go through pipes
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+PR_SET_PDEATHSIG = 1
 LOADERS = {"stock": "stock transformers", "student": "transformers with transmla"}
 
 
@@ -148,6 +150,7 @@ class _Refuse:
 
 def main(folder: str, kind: str, how: str = "whole") -> None:
     """Tokens as JSON on standard input; on standard output a line with the shape of the scores, then their bytes."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the scores of a killed run
     out: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no score
     if kind == "stock":

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from trl import DistillationConfig, SFTConfig
 
 from transmla.errors import RecipeError
+from transmla.files import temporary_folder
 from transmla.plan.trainer_parts import make_parts
 from transmla.recipe.stages import AnyStage, OnPolicy
 from transmla.recover.on_policy import on_policy_config
@@ -42,13 +41,13 @@ def _refusal(stage: AnyStage, device: str, dtype: torch.dtype, processes: int) -
     settings: dict[str, Any] = {"seed": 0, "device": device, "dtype": dtype, "processes": processes}
     # It would set the number format of the whole process (plan/stage_checks.py looks at it).
     stage = stage.model_copy(update={"trainer": {key: value for key, value in stage.trainer.items() if key != "tf32"}})
-    with _leaving_no_trace(), tempfile.TemporaryDirectory() as folder:
+    with _leaving_no_trace(), temporary_folder() as folder:
         try:
             if isinstance(stage, OnPolicy):
                 kind = type("_Plan", (DistillationConfig,), where)
-                make_parts(on_policy_config(stage, Path(folder), kind=kind, **settings))
+                make_parts(on_policy_config(stage, folder, kind=kind, **settings))
             else:
-                make_parts(trainer_config(stage, Path(folder), kind=type("_Plan", (SFTConfig,), where), **settings))
+                make_parts(trainer_config(stage, folder, kind=type("_Plan", (SFTConfig,), where), **settings))
         except Exception as error:  # of any kind: from trl, transformers, an optimizer's or a report's own package
             return " ".join(str(error).split())[:300] or type(error).__name__
     return None

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "logging_nan_inf_filter": False,  # it waits for the device in every step, and hides what should be seen
 }
+# What a recipe may say without effect: every stage saves when a signal comes.
+OWN: dict[str, Any] = {"enable_jit_checkpoint": False}
 
 
 def common_arguments(

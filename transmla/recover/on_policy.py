@@ -19,7 +19,7 @@ from transmla.data.rendering import Template
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import OnPolicy
-from transmla.recover.arguments import DEFAULTS, common_arguments
+from transmla.recover.arguments import DEFAULTS, OWN, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.configuration import unchanged_configuration
 from transmla.recover.last_step import require_finite, train_to_the_end
@@ -57,7 +57,7 @@ def on_policy_config(
         temperature=stage.temperature,
         beta=stage.beta,
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
-        **(DEFAULTS | {"shuffle_dataset": False} | stage.trainer),  # the prompts come in the order of training
+        **(DEFAULTS | {"shuffle_dataset": False} | stage.trainer | OWN),  # the prompts come in the order of training
     )
 
 

@@ -21,7 +21,7 @@ from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
-from transmla.recover.arguments import DEFAULTS, common_arguments
+from transmla.recover.arguments import DEFAULTS, OWN, common_arguments
 from transmla.recover.compiling import compile_layers, plain_layers, why_not
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
@@ -66,7 +66,7 @@ def trainer_config(
     """trl's own configuration object for a stage. kind: its class, or one derived from it."""
     return kind(
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
-        **(DEFAULTS | PACKING | stage.trainer),
+        **(DEFAULTS | PACKING | stage.trainer | OWN),
     )
 
 

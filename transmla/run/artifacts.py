@@ -31,6 +31,7 @@ from transmla.files import (
     sha256_of,
 )
 from transmla.hardware import peak_memory, reset_peak_memory
+from transmla.process.stopping import held
 from transmla.recipe.interpolations import as_written
 from transmla.recipe.schema import Recipe
 from transmla.run.context import Run
@@ -122,9 +123,10 @@ def publishing(folder: Path, metadata: dict[str, Any]) -> Iterator[Path]:
         fsync_tree(scratch)
         old = folder.with_name(f"{PARTIAL}-old-{folder.name}")
         remove(old)
-        if folder.exists() or folder.is_symlink():
-            os.replace(folder, old)
-        os.replace(scratch, folder)
+        with held():  # between these two there is neither
+            if folder.exists() or folder.is_symlink():
+                os.replace(folder, old)
+            os.replace(scratch, folder)
         fsync(folder.parent)
         remove(old)
     keep_digests({folder / name: digest for name, digest in digests.items()})

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
 from transmla.plan.checks import Prepared
+from transmla.process.siblings import address, watch_others
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
 from transmla.sources.drawn_parts import drawn_model
@@ -40,6 +41,8 @@ class Run:
     def __init__(self, prepared: Prepared) -> None:
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        if self.state.num_processes > 1:
+            watch_others(gather_object([address()]))
         chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ
         broadcast_object_list(chosen)
         prepared = replace(prepared, streaming=chosen[0], evaluation=chosen[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from transmla.process.siblings import watch_others
 from transmla.run.context import Run
 from transmla.run.convert import convert, convert_where_needed
 from transmla.run.evaluate import evaluate
@@ -45,5 +46,7 @@ def run_verb(run: Run, verb: str) -> None:
     """
     for stage in PIPELINES[verb]:
         stage(run)
+    run.state.wait_for_everyone()
+    watch_others([])  # the others may end before this one does, but not before it has ceased to watch them
     run.state.wait_for_everyone()
     run.state.destroy_process_group()  # gloo's threads may abort a process that ends without it

@@ -16,6 +16,7 @@ from transmla.errors import RecipeError
 from transmla.files import save_whole
 from transmla.plan.checks import Prepared, prepare
 from transmla.plan.dry_run import render_plan
+from transmla.process.output_lock import only_run
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import ZOO, recipe_names
 from transmla.run.comparison import compare
@@ -92,7 +93,8 @@ def run_zoo(recipes: Iterable[str], overrides: list[str]) -> int:
 
 
 def _row(prepared: Prepared) -> dict[str, Any]:
-    metadata = compare(Run(prepared))
+    with only_run(prepared.output):
+        metadata = compare(Run(prepared))
     kept = ("seconds", "tokens", "peak_memory_bytes", "dataset", "versions")
     return metadata["conversion"] | {name: metadata[name] for name in kept}
 

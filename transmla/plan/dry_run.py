@@ -89,6 +89,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
+        *(f"note         deterministic: {line}" for line in prepared.replaced),
         *(f"note         {line}" for line in unseen_files(recipe)),
         "",
         *_writing(recipe),

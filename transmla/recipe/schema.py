@@ -130,6 +130,7 @@ class Recipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: bfloat16 where the hardware multiplies it fast
     )
+    deterministic: bool = False  # the same bits from every run on a GPU, unbroken or resumed; slower
     # CPU threads per process; auto: the machine's cores, shared out
     threads: Annotated[Whole, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     dry_run: bool = False

@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from transmla.determinism import use_deterministic
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
 from transmla.plan.checks import Prepared
@@ -38,6 +39,7 @@ class Run:
     """
 
     def __init__(self, prepared: Prepared) -> None:
+        use_deterministic(prepared.recipe.deterministic)  # before the processes find one another
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ
@@ -48,6 +50,8 @@ class Run:
         self.paths = Paths(prepared.output, prepared.recipe)
         self.digests = Fingerprints(prepared)
         self.missed: list[str] = []
+        for line in prepared.replaced:
+            self.say(f"[deterministic] {line}")
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

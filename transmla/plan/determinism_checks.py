@@ -98,6 +98,5 @@ def _one_graph(stage: TrainerStage, config: PretrainedConfig, device: torch.devi
     looked_into = isinstance(stage, Layerwise) and bool(stage.logits)
     foreign = other is not None and other.config is not None and other.config.get("model_type") not in FAMILIES
     length = int(trainer.get("max_length", ROW_LENGTH))
-    return (
-        stage.attention != "mask" and not (looked_into or foreign) and needs_mask(facts, length, dtype, device) is None
-    )
+    masked = stage.attention == "mask" or looked_into or foreign
+    return not masked and needs_mask(facts, length, dtype, device) is None

@@ -1,4 +1,4 @@
-"""Compile on the same batch, wherever a stage begins or goes on: kernels for any length are cut by the first they meet."""
+"""Compile on the same batch, wherever a stage goes on: a kernel for any length is cut for the first that it meets."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ Entry = dict[str, str | None]
 def provenance(recipe: Recipe, device: str, replaced: list[str] | None = None) -> dict[str, Any]:
     """Plain values for report.json.
 
-    deterministic: None, or what was `replaced` for it, by key. command: as it was typed, without secrets. hub: by recipe key, repository, revision and the commit that it is (None
-    where that was never known).
+    deterministic: None, or what was `replaced` for it, by key. command: as it was typed, without secrets. hub: by
+    recipe key, repository, revision and the commit that it is (None where that was never known).
     """
     return {
         "command": " ".join(shlex.quote(masked(word)) for word in sys.argv),

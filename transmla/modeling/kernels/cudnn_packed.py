@@ -60,5 +60,6 @@ def why_not_ordered(device: torch.device, dtype: torch.dtype, width: int, value_
         padded = import_module("cudnn.sdpa.fwd.torch_op").thd_lse_to_padded(logs[:, :, 0].contiguous(), bounds, longest)
         torch.ops.cudnn.sdpa_bwd(grad, query, key, value, out, padded, 0.1, **documents, is_deterministic=True)
     except Exception as error:  # of classes of cuDNN's own, which derive from nothing in particular
-        return f"its backward pass has no fixed order at widths {width} and {value_width}: {' '.join(str(error).split())[:120]}"
+        reason = " ".join(str(error).split())[:120]
+        return f"its backward pass has no fixed order at widths {width} and {value_width}: {reason}"
     return None

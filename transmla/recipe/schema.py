@@ -134,6 +134,8 @@ class Recipe(Section):
     # CPU threads per process; auto: the machine's cores, shared out
     threads: Annotated[Whole, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     dry_run: bool = False
+    # of one device in training, for the hours of a plan; None: what `transmla bench` measured
+    tokens_per_second: Annotated[Number, Field(gt=0.0, le=1e9)] | None = None
     model: ModelSource
     write: Annotated[
         list[AnyWriting], Field(max_length=MOST)

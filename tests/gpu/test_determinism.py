@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.gpu.test_packed_attention import bounds_of, drawn
 from transmla.cli import main
-from transmla.determinism import use_deterministic
+from transmla.modeling.determinism import use_deterministic
 from transmla.modeling.kernels.cudnn_packed import has_cudnn, why_not_ordered
 from transmla.modeling.kernels.fused import sdpa
 from transmla.modeling.kernels.packed import packed_attention, plan_of

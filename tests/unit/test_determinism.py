@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend
 
 from tests.conftest import tiny_config
 from tests.unit.test_recover import make_trainer
-from transmla.determinism import WORKSPACE, is_deterministic, use_deterministic, written_once
 from transmla.errors import RecipeError
 from transmla.generate.sampler import _running_sum
 from transmla.geometry import derive_geometry
+from transmla.modeling.determinism import WORKSPACE, is_deterministic, use_deterministic, written_once
 from transmla.modeling.kernels import fused
 from transmla.plan import determinism_checks
 from transmla.plan.determinism_checks import check_determinism

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transmla.bench.decoding_rates import decoding_rows
 from transmla.bench.kernel_times import kernel_rows
 from transmla.bench.stage_rates import random_models, random_tokenizer, stage_rows
-from transmla.determinism import use_deterministic
 from transmla.files import save_whole
+from transmla.modeling.determinism import use_deterministic
 from transmla.plan.checks import Prepared
 
 GIB = 2**30

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from transmla.determinism import written_once
+from transmla.modeling.determinism import written_once
 from transmla.modeling.fixed_cache import Buffers
 from transmla.modeling.kernels.one_query import ONE_QUERY
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from transmla.determinism import is_deterministic
 from transmla.generate.decoding import Decoder, has_fixed_size
 from transmla.generate.prefill import next_logits, packs, read_packed, read_padded
+from transmla.modeling.determinism import is_deterministic
 from transmla.recipe.writing import Sampling
 
 LOOK = 8  # steps between two looks at which rows are done: looking waits for the device. Part of what a seed means

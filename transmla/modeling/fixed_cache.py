@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
-from transmla.determinism import written_once
+from transmla.modeling.determinism import written_once
 
 
 class Buffers(Cache):

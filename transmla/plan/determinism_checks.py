@@ -7,10 +7,10 @@ import copy
 import torch
 from transformers import PretrainedConfig
 
-from transmla.determinism import WORKSPACE, WORKSPACES, workspace_conflict
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES, default_kernel
 from transmla.geometry import MLAGeometry
+from transmla.modeling.determinism import WORKSPACE, WORKSPACES, workspace_conflict
 from transmla.modeling.kernels.cudnn_packed import why_not_ordered
 from transmla.modeling.kernels.packed import needs_mask
 from transmla.recipe.budget import ROW_LENGTH

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from transmla.determinism import is_deterministic
+from transmla.modeling.determinism import is_deterministic
 from transmla.recipe.budget import steps_of
 from transmla.recipe.stages import AnyStage
 

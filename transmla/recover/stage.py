@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig
 
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
-from transmla.determinism import is_deterministic
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
+from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft

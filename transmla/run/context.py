@@ -14,9 +14,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from transmla.determinism import use_deterministic
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
+from transmla.modeling.determinism import use_deterministic
 from transmla.plan.checks import Prepared
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from transmla.determinism import is_deterministic
+from transmla.modeling.determinism import is_deterministic
 
 # First choice first. cuDNN takes values narrower than keys as they are and was nine times as fast on Hopper as what
 # plain SDPA falls to (docs/experiments.md). FlashAttention-2 is left out: it wants equal widths.

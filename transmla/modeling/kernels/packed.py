@@ -22,8 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transmla.determinism import is_deterministic
 from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.kernels.cudnn_packed import documents_of, has_cudnn, why_not_ordered
 from transmla.modeling.kernels.fused import sdpa
 

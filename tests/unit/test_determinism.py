@@ -13,7 +13,7 @@ from transmla.errors import RecipeError
 from transmla.generate.sampler import _running_sum
 from transmla.geometry import derive_geometry
 from transmla.modeling.determinism import WORKSPACE, is_deterministic, use_deterministic, written_once
-from transmla.modeling.kernels import fused
+from transmla.modeling.kernels import fused, packed
 from transmla.plan import determinism_checks
 from transmla.plan.determinism_checks import check_determinism
 from transmla.recipe.compose import load_recipe
@@ -142,6 +142,19 @@ def test_attention_on_a_gpu_goes_by_kernels_with_one_order(monkeypatch: pytest.M
         assert calls[-1] == expected
     fused.sdpa(query, query, value, torch.zeros(4, 4, device="meta"), 1.0, 0.0)
     assert calls[-1] == 16
+
+
+@pytest.mark.parametrize("reason", [None, "it adds in any order"])
+def test_cudnn_computes_packed_documents_where_it_adds_in_one_order(reason, monkeypatch) -> None:
+    asked: list = []
+    monkeypatch.setattr(packed, "has_cudnn", lambda device: True)
+    monkeypatch.setattr(packed, "why_not_ordered", lambda *given: (asked.append(given), reason)[1])
+    query, value = torch.empty(6, 4, 16), torch.empty(6, 4, 8)
+    assert packed._by_cudnn(query, value, packed.LONG_ONES) and not asked
+    use_deterministic(True)
+    assert packed._by_cudnn(query, value, packed.LONG_ONES) is (reason is None)
+    assert asked == [(query.device, torch.float32, 16, 8)]
+    assert not packed._by_cudnn(query, value, packed.ALWAYS_FLASH)
 
 
 def test_ddp_keeps_its_buckets(tmp_path: Path) -> None:

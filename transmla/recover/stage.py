@@ -164,7 +164,9 @@ def build_trainer(
         trainer.compiled = "layers compiled"
     if reason is not None:
         trainer.compiled += f" ({reason})"
-    trainer.rehearses = is_deterministic() and (config.device.type == "cuda" or trainer.compiled == "layers compiled")
+    compiles = config.device.type == "cuda" or trainer.compiled == "layers compiled"
+    # DeepSpeed's gradients go through its own buckets, which a pass of ours would leave filled.
+    trainer.rehearses = is_deterministic() and compiles and not trainer.is_deepspeed_enabled
     trainer.add_callback(_Progress(trainer))
     return trainer
 

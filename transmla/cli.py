@@ -20,7 +20,7 @@ VERBS = {
     "convert": "only make the converted student",
     "record": "keep the teacher's top-k log-probabilities for the stages whose teacher is recorded",
     "export": "only export the recovered student, with verification",
-    "verify": "check an existing export again in a fresh process",
+    "verify": "check an export again in a fresh process; with DIR a whole output directory, without its recipe",
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
@@ -31,6 +31,7 @@ EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the f
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
+        "       transmla verify DIR",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
@@ -47,8 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0; 1 where a threshold was missed or a recipe of the zoo failed; 2 for a user's mistake or what the machine
-        lacks, printed as one line that names the recipe key and the fix. A signal ends the process, with 128 + N.
+        0; 1 where a threshold was missed, a recipe of the zoo failed or a directory is not as it was written; 2 for a
+        user's mistake or what the machine lacks, printed as one line that names the recipe key and the fix. A signal
+        ends the process, with 128 + N.
     """
     return guarded(lambda: _answer(arguments))
 
@@ -64,6 +66,8 @@ def _answer(arguments: Sequence[str] | None) -> int:
         raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
     if verb == "env":
         return _env()
+    if verb == "verify" and len(words) == 1 and not words[0].startswith("recipe="):
+        return _verify_folder(words[0])
     return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
@@ -129,6 +133,21 @@ def _zoo(words: Sequence[str]) -> int:
     quiet()
 
     return run_zoo(names, overrides)
+
+
+def _verify_folder(name: str) -> int:
+    from pathlib import Path
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():  # before anything heavy is imported
+        raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
+    from transmla.run.environment import quiet
+    from transmla.run.finished_folder import table, verify_folder
+
+    quiet()
+    found = verify_folder(folder)
+    print(table(found))
+    return int(any(line.good is False for line in found))
 
 
 def _env() -> int:

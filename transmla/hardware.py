@@ -64,14 +64,23 @@ def require_disk(folder: Path, needed: int, key: str = "output_dir") -> None:
     Raises:
         RecipeError: they are not.
     """
-    existing = folder.resolve()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise RecipeError(
             key, f"{needed / 2**30:.1f} GiB are needed below {folder}, {free / 2**30:.1f} are free; make room"
         )
+
+
+def disk_of(folder: Path) -> int:
+    """The disk on which a folder is or will be."""
+    return _existing(folder).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def free_memory(device: torch.device) -> int:

@@ -75,7 +75,7 @@ MISTAKES = {
     "a model of 10^9 wide": (["model.config.hidden_size=1000000000"], "model.config.hidden_size", "at most"),
     "a model that no memory holds": (
         ["model.config.vocab_size=60000000", "model.config.hidden_size=4096"],
-        "model.config",
+        "export.verify",
         "GiB",
     ),
     "adapters above the model": (["recover.1.train=lora", "recover.1.lora={r: 100}"], "recover.1.lora.r", "64"),

@@ -48,7 +48,7 @@ def relative(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("lengths", DOCUMENTS)
 @pytest.mark.parametrize("shape", [(28, 28, 192, 128), (28, 4, 128, 128), (9, 9, 96, 64), (4, 2, 64, 64)])
 def test_value_and_gradients(shape, lengths, kernel, dtype, monkeypatch) -> None:
-    if kernel == "cudnn" and not module._has_cudnn(torch.device("cuda", 0)):
+    if kernel == "cudnn" and not module.has_cudnn(torch.device("cuda", 0)):
         pytest.skip("needs nvidia-cudnn-frontend and compute capability 9.0")
     monkeypatch.setattr(module, "MANY", 2**60)
     inputs = drawn(sum(lengths), *shape, dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transmla.errors import RecipeError
-from transmla.modeling.kernels import packed
+from transmla.modeling.kernels import cudnn_packed, packed
 from transmla.modeling.kernels.packed import boundaries, kernels_there, plan_of
 from transmla.plan import stage_checks
 from transmla.plan.checks import prepare
@@ -40,7 +40,7 @@ GPU = {
 def test_cudnn_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     capability, dtype, expected = GPU[case]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(packed, "find_spec", lambda name: None)
+    monkeypatch.setattr(cudnn_packed, "find_spec", lambda name: None)
     recipe = load_recipe("debug", ["recover.0.attention=cudnn"])
     config = prepare(load_recipe("debug", ["device=cpu"])).config
     with pytest.raises(RecipeError) as caught:

@@ -14,7 +14,9 @@ from transmla.plan.disk import bytes_on_disk
 from transmla.plan.memory import Sizes, training_memory
 from transmla.recipe.budget import steps_of
 from transmla.recipe.compose import load_recipe
+from transmla.recipe.interpolations import as_written
 from transmla.recipe.names import recipe_names, share
+from transmla.recipe.validation import validate_recipe
 
 
 def every_yaml() -> list[Path]:
@@ -268,3 +270,10 @@ def test_memory_of_a_compiled_stage_is_what_was_measured() -> None:
 
     assert 25.7 < counted() < 1.2 * 25.7
     assert counted(compile=False) > 1.2 * counted()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_was_saved_beside_a_result_is_a_recipe(name: str) -> None:
+    """It names every key, also those that do nothing in it."""
+    recipe = load_recipe(name)
+    assert validate_recipe(as_written(recipe)) == recipe

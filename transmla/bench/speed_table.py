@@ -13,6 +13,7 @@ from transmla.bench.decoding_rates import decoding_rows
 from transmla.bench.kernel_times import kernel_rows
 from transmla.bench.stage_rates import random_models, random_tokenizer, stage_rows
 from transmla.files import save_whole
+from transmla.modeling.determinism import use_deterministic
 from transmla.plan.checks import Prepared
 
 GIB = 2**30
@@ -20,6 +21,7 @@ GIB = 2**30
 
 def bench(prepared: Prepared) -> str:
     """Measure everything; writes bench.json and bench.md into the output directory and returns the latter."""
+    use_deterministic(prepared.recipe.deterministic)
     card = torch.cuda.get_device_name() if prepared.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     half = prepared.device == "cuda" and prepared.dtype in (torch.bfloat16, torch.float16)
     kernels = list(kernel_rows(prepared.config, prepared.geometry, prepared.dtype)) if half else []

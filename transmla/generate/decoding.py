@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from transmla.modeling.determinism import written_once
 from transmla.modeling.fixed_cache import Buffers
 from transmla.modeling.kernels.one_query import ONE_QUERY
 
@@ -176,7 +177,8 @@ class Decoder:
             logits_to_keep=1,
         ).logits[:, -1]
         chosen = self.choose(logits)
-        self.chunk.index_copy_(1, self.place, chosen[:, None])
+        with written_once():
+            self.chunk.index_copy_(1, self.place, chosen[:, None])
         self.done |= self._ended(chosen[:, None])
         self.tokens.copy_(chosen[:, None])
         for counter in (self.positions, self.buffers.column, self.place):

@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from transmla.generate.decoding import Decoder, has_fixed_size
 from transmla.generate.prefill import next_logits, packs, read_packed, read_padded
+from transmla.modeling.determinism import is_deterministic
 from transmla.recipe.writing import Sampling
 
 LOOK = 8  # steps between two looks at which rows are done: looking waits for the device. Part of what a seed means
@@ -74,9 +75,16 @@ def choose(logits: Tensor, settings: Sampling, generator: torch.Generator) -> Te
         return race(1.0 / settings.temperature)(logits, times)
     probabilities = torch.softmax(logits.float() / settings.temperature, dim=-1)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)
-    ordered.masked_fill_(ordered.cumsum(-1) - ordered >= settings.top_p, 0.0)
+    ordered.masked_fill_(_running_sum(ordered) - ordered >= settings.top_p, 0.0)
     times = torch.empty_like(ordered).exponential_(generator=generator)
     return tokens.gather(1, ordered.div_(times).argmax(-1, keepdim=True))[:, 0]
+
+
+def _running_sum(probabilities: Tensor) -> Tensor:
+    """Along the last dimension. Where sums must be reproducible, of integers: a GPU adds in any order."""
+    if not is_deterministic():
+        return probabilities.cumsum(-1)
+    return ((probabilities.double() * 2**40).long().cumsum(-1).double() / 2**40).to(probabilities.dtype)
 
 
 def _race(factor: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache
 
+from transmla.modeling.determinism import written_once
+
 
 class Buffers(Cache):
     """Keys and values [B, G, S, E] of which `column` [1], on the device, is the next to be written."""
@@ -49,8 +51,9 @@ class Buffers(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write one column; the whole buffers are returned, the mask hides what is not written yet."""
         layer = self.layers[layer_idx]
-        layer.keys.index_copy_(2, self.column, key_states)
-        layer.values.index_copy_(2, self.column, value_states)
+        with written_once():
+            layer.keys.index_copy_(2, self.column, key_states)
+            layer.values.index_copy_(2, self.column, value_states)
         return layer.keys, layer.values
 
 

@@ -16,9 +16,11 @@ from transmla.hardware import resolve_device, resolve_dtype
 from transmla.plan.budget_checks import check_budgets
 from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.data_checks import check_data
+from transmla.plan.determinism_checks import check_determinism
 from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.export_checks import check_export
+from transmla.plan.launched import check_launch
 from transmla.plan.memory import Sizes, count_parameters
 from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import check_output_folder, output_folder
@@ -42,6 +44,7 @@ class Prepared:
     streaming: Streaming  # whether the conversion reads its source layer by layer
     evaluation: Streaming  # whether models are evaluated layer by layer
     notice: str | None  # what the user should know about the conversion
+    replaced: list[str]  # what `deterministic` does otherwise than the recipe says, a line for each key
     kinds: dict[str, str]  # what the rows of each `data` list are, by key: text, messages or completion
 
 
@@ -55,6 +58,7 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     Raises:
         RecipeError: the first thing that would fail later.
     """
+    check_launch()
     device = resolve_device(recipe.device)
     if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
         raise RecipeError(
@@ -68,6 +72,7 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     evaluation = choose_streamed_evaluation(recipe, found.config, sizes, dtype, device)
     kinds = check_data(recipe, found.config.max_position_embeddings) if text else {}
     check_stages(recipe, found.config, device, dtype, kinds)
+    replaced = check_determinism(recipe, found.config, found.geometry, device, dtype)
     check_budgets(recipe, found.config, sizes, found.geometry.source_cache, device, streaming.on)
     if text:
         check_evaluation(recipe, found.config.max_position_embeddings)
@@ -90,5 +95,6 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
         streaming=streaming,
         evaluation=evaluation,
         notice=found.notice,
+        replaced=replaced,
         kinds=kinds,
     )

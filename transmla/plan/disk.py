@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 from transformers import PretrainedConfig
 
 from transmla.convert.refit import stream_bytes
-from transmla.hardware import require_disk
+from transmla.data.definition import find_definition, local_files
+from transmla.hardware import disk_of, require_disk
 from transmla.plan.memory import Sizes, snapshot_bytes
 from transmla.recipe.budget import steps_of
+from transmla.recipe.data_lists import Part
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import AnyStage
 from transmla.recipe.writing import Solve, Traces
@@ -117,6 +120,44 @@ def peak_of(artifacts: Iterable[Made]) -> int:
     return most
 
 
+# Bytes that Datasets' cache takes for a byte of text: token ids and labels, rows of them, packed ones and their order.
+CACHED = 4.6
+
+
+def cache_of_text() -> Path:
+    """Where Datasets keeps tokens."""
+    return Path(datasets.config.HF_DATASETS_CACHE)
+
+
+def cache_bytes(recipe: Recipe) -> int:
+    """Rough bytes of the tokens of all local text that is trained on; every dataset is kept once, whichever stages read
+    it. Of one that is cut to a number of rows, and of a hub's, the size is not known here."""
+    files: set[Path] = set()
+    for index, stage in enumerate(recipe.recover):
+        for part in stage.data:
+            name = part if isinstance(part, str) else part.name
+            if name.startswith("@") or (isinstance(part, Part) and part.rows is not None):
+                continue
+            key = f"recover.{index}.data"
+            definition, folder = find_definition(name, key)
+            files |= {file.resolve() for file in local_files(definition, folder, key)}
+    return int(CACHED * sum(file.stat().st_size for file in files))
+
+
+def _check_cache(recipe: Recipe, output: Path, beside: int) -> None:
+    """Room for the tokens, beside what goes into the output directory where both are on one disk. What the cache holds
+    may be these tokens already, so that only what is beyond it is asked for."""
+    cache, needed = cache_of_text(), cache_bytes(recipe)
+    if needed < LITTLE:
+        return
+    there = sum(file.stat().st_size for file in cache.rglob("*.arrow")) if cache.is_dir() else 0
+    same = disk_of(cache) == disk_of(output)
+    require_disk(cache, max(0, needed - there) + (beside if same else 0), "recover.0.data")
+
+
+LITTLE = 2**28  # bytes of cache that are not worth a look
+
+
 def check_disk(
     recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype, output: Path, *, streamed: bool
 ) -> None:
@@ -132,6 +173,7 @@ def check_disk(
     parts = {"evaluate.tokens": needed.states, "write": needed.written, "recover": needed.recorded}
     blamed = next((key for key, size in parts.items() if size > needed.total / 2), "output_dir")
     require_disk(output, needed.total - there, blamed)
+    _check_cache(recipe, output, max(0, needed.total - there))
     if recipe.convert.refit or streamed:
         streams = stream_bytes(recipe.convert.calibration.tokens, config.hidden_size, dtype)
         require_disk(

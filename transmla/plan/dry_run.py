@@ -8,8 +8,11 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.plan.data_checks import unseen_files
-from transmla.plan.disk import bytes_on_disk
-from transmla.plan.memory import Sizes, snapshot_bytes, training_memory
+from transmla.plan.device_memory import describe_parts, misfit, stage_parts
+from transmla.plan.disk import bytes_on_disk, cache_bytes, cache_of_text
+from transmla.plan.hours import hours_of
+from transmla.plan.launched import launch_of_environment
+from transmla.plan.memory import Sizes, snapshot_bytes
 from transmla.plan.streaming_choice import Streaming
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
@@ -54,6 +57,20 @@ def _memory(streaming: Streaming) -> list[str]:
     return lines
 
 
+def _disk(prepared: Prepared) -> list[str]:
+    """What a run takes of the disk. How much of what is there is made again is seen when it runs."""
+    recipe, output = prepared.recipe, prepared.output
+    needed = bytes_on_disk(recipe, prepared.sizes, prepared.config, prepared.dtype)
+    there = sum(file.stat().st_size for file in output.rglob("*.safetensors")) if output.is_dir() else 0
+    lines = [f"disk         about {needed / 2**30:.1f} GiB below {output}"]
+    if there:
+        stands = f"{there / 2**30:.1f} GiB are there; what is made again stands beside what it replaces"
+        lines.append(f"             {stands} until it is whole")
+    if tokens := cache_bytes(recipe):
+        lines.append(f"             about {tokens / 2**30:.1f} GiB of tokens below {cache_of_text()}")
+    return lines
+
+
 def _writing(recipe: Recipe) -> list[str]:
     lines = []
     for entry in recipe.write:
@@ -77,6 +94,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     left_out = recipe.evaluate.generated if prepared.evaluation.on else []
     g = geometry
     query = "full rank" if g.q_lora_rank is None else f"rank {g.q_lora_rank}"
+    launch, hours = launch_of_environment(), hours_of(recipe, prepared.output, processes)
     lines = [
         f"recipe       {recipe.name} (seed {recipe.seed})",
         f"source       {recipe.model.source} ({config.model_type}, {g.num_hidden_layers} layers, hidden "
@@ -85,10 +103,12 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
         f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
         f"cache        {g.source_cache} -> {g.cache} values per token and layer ({-100 * g.saving:+.1f} %)",
-        f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}",
-        f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}",
+        f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}; "
+        f"vocabulary of both {config.vocab_size:,}",
+        f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}; {launch.describe()}",
         *([f"note         {_searched(recipe.convert)}"] if recipe.convert.searched else []),
         *([f"note         {prepared.notice}"] if prepared.notice else []),
+        *(f"note         deterministic: {line}" for line in prepared.replaced),
         *(f"note         {line}" for line in unseen_files(recipe)),
         "",
         *_writing(recipe),
@@ -98,12 +118,16 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
     ]
     for index, stage in enumerate(recipe.recover):
         trained = sizes.trained(stage)
-        memory = training_memory(stage, sizes, config, dtype) / 2**30
+        parts = describe_parts(stage_parts(stage, sizes, config, dtype, launch))
         lines.append(
             f"recover.{index}    {stage.kind}: {stage.tokens:,} tokens of {', '.join(map(str, stage.data))}, "
             f"{steps_of(stage, processes):,} steps, trains {trained:,} parameters ({stage.train}), "
-            f"about {memory:.1f} GiB per device{_snapshot(stage, sizes)}{_kept_states(stage, config, dtype)}"
+            f"about {parts} per device{_snapshot(stage, sizes)}{_kept_states(stage, config, dtype)}"
         )
+        if hours[index] is not None:
+            lines.append(f"             {hours[index]}")
+        if (reason := misfit(stage, sizes, config, dtype, prepared.device, launch)) is not None:
+            lines.append(f"             refused on this machine: recover.{index}: {reason}")
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",
         *(f"             note: {note}" for note in prepared.export.notes),
@@ -119,7 +143,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         *(f"             questions of {task.label}" for task in recipe.evaluate.tasks),
         *(f"             required: {requirement.describe()}" for requirement in recipe.evaluate.require),
         "",
-        f"disk         about {bytes_on_disk(recipe, sizes, config, dtype) / 2**30:.1f} GiB below {prepared.output}",
+        *_disk(prepared),
         *(
             f"writes       {prepared.output / name}"
             for name in ("converted/", "recovered/", "exported/", "report.json", "report.md", "figures/")

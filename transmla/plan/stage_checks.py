@@ -15,7 +15,8 @@ from transmla.errors import RecipeError
 from transmla.families import default_kernel
 from transmla.hardware import has_compiler
 from transmla.modeling.config_facts import final_softcap
-from transmla.modeling.kernels.packed import needs_mask, why_no_cudnn
+from transmla.modeling.kernels.cudnn_packed import why_no_cudnn
+from transmla.modeling.kernels.packed import needs_mask
 from transmla.plan.trainer_checks import check_trainers
 from transmla.recipe.budget import ROW_LENGTH
 from transmla.recipe.model_source import ModelSource

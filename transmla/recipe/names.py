@@ -14,7 +14,8 @@ ZOO = "zoo"  # the folder of recipes that convert a published model and do nothi
 
 
 def share(folder: str) -> Path:
-    """The directory `recipes` or `data` that ships with the project: beside the package, or inside a wheel."""
+    """A directory that ships with the project (`recipes`, `data`, `accelerate_configs`): beside the package, or inside
+    a wheel."""
     installed = PACKAGE / "_share" / folder
     return installed if installed.is_dir() else PACKAGE.parent / folder
 

@@ -130,9 +130,12 @@ class Recipe(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: bfloat16 where the hardware multiplies it fast
     )
+    deterministic: bool = False  # the same bits from every run on a GPU, unbroken or resumed; slower
     # CPU threads per process; auto: the machine's cores, shared out
     threads: Annotated[Whole, Field(gt=0, le=1024)] | Literal["auto"] = "auto"
     dry_run: bool = False
+    # of one device in training, for the hours of a plan; None: what `transmla bench` measured
+    tokens_per_second: Annotated[Number, Field(gt=0.0, le=1e9)] | None = None
     model: ModelSource
     write: Annotated[
         list[AnyWriting], Field(max_length=MOST)

@@ -62,9 +62,9 @@ class TrainerStage(Stage):
     @model_validator(mode="after")
     def _no_idle_keys(self) -> TrainerStage:
         """A key that does nothing is a mistake, and would make a finished stage again when it changes."""
-        if "lora" in self.model_fields_set and self.train != "lora":
+        if self.chosen("lora") and self.train != "lora":
             raise ValueError("lora is for train: lora; leave one of them out, or set train")
-        if "trunk_learning_rate" in self.model_fields_set and self.train != "all":
+        if self.chosen("trunk_learning_rate") and self.train != "all":
             raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
         if self.relative_learning_rate and self.train == "lora":
             raise ValueError("relative_learning_rate is for weights; adapters begin at zero and have no size")
@@ -152,7 +152,7 @@ class Distill(TrainerStage):
 
     @model_validator(mode="after")
     def _recorded_at_one(self) -> Distill:
-        if "beta" in self.model_fields_set and self.divergence != "jsd":
+        if self.chosen("beta") and self.divergence != "jsd":
             raise ValueError("beta is for divergence: jsd")
         if self.teacher == "recorded" and (self.temperature, self.final_temperature or 1.0) != (1.0, 1.0):
             raise ValueError(

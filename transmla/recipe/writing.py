@@ -52,7 +52,7 @@ class Problems(Section):
     def _complete(self) -> Problems:
         if (self.data is None) == (self.generator is None):
             raise ValueError("give exactly one of data and generator")
-        if self.data is not None and {"size", "seed", "config"} & self.model_fields_set:
+        if self.data is not None and any(map(self.chosen, ("size", "seed", "config"))):
             raise ValueError("size, seed and config are for a generator; use skip and limit beside problems")
         if clash := {"size", "seed"} & set(self.config):
             raise ValueError(f"config.{min(clash)}: write {min(clash)} beside generator, not in its config")

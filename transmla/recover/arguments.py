@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from transmla.modeling.determinism import is_deterministic
 from transmla.recipe.budget import steps_of
 from transmla.recipe.stages import AnyStage
 
@@ -31,8 +32,11 @@ def common_arguments(
     """What follows from the run, and is no key of a recipe (but for copies, which one may set otherwise)."""
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
     gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
-    copies = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
-    return {key: value for key, value in copies.items() if key not in stage.trainer} | {
+    settings: dict[str, Any] = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
+    if is_deterministic():
+        # Else DDP groups the gradients anew after its first step, and a resumed run adds those of that step otherwise.
+        settings["ddp_find_unused_parameters"] = True
+    return {key: value for key, value in settings.items() if key not in stage.trainer} | {
         "output_dir": str(folder),
         "max_steps": steps_of(stage, processes),
         "seed": seed,

@@ -17,6 +17,7 @@ from trl import SFTConfig
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
+from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
@@ -149,7 +150,7 @@ def build_trainer(
     if stage.relative_learning_rate:
         trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
     trainer.train_dataset = whole_rows(trainer.train_dataset, config)
-    if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1:
+    if stage.kind == "distill" and stage.keep_teacher and config.world_size == 1 and not is_deterministic():
         assert isinstance(trainer, DistillTrainer)
         _keep_teacher(trainer, reserve, f"{key}.keep_teacher")
     _attend_by_documents(trainer, stage)
@@ -163,6 +164,9 @@ def build_trainer(
         trainer.compiled = "layers compiled"
     if reason is not None:
         trainer.compiled += f" ({reason})"
+    compiles = config.device.type == "cuda" or trainer.compiled == "layers compiled"
+    # DeepSpeed's gradients go through its own buckets, which a pass of ours would leave filled.
+    trainer.rehearses = is_deterministic() and compiles and not trainer.is_deepspeed_enabled
     trainer.add_callback(_Progress(trainer))
     return trainer
 

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
+from transmla.recover.rehearsal import rehearse
 
 
 @dataclass
@@ -71,6 +73,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
         self.compiled = "layers not compiled"
+        self.rehearses = False  # whether what is compiled is compiled before the first step, on the same batch always
         install_objective(model, self.objective)
 
     @property
@@ -78,7 +81,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         """By what the stage is computed, for log and report."""
         formats = "bfloat16, trained weights in float32" if self.args.bf16 else "float32"
         attention = "" if self.attention is None else f"; attention over packed documents: {self.attention}"
-        return f"{formats}; {self.compiled}{attention}"
+        return f"{formats}; {self.compiled}{attention}{'; deterministic' if is_deterministic() else ''}"
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split where weights have rates of their own."""
@@ -112,6 +115,13 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         total: Any = sum(self.count_tokens(batch) for batch in batch_samples)
         total = total.to(device)
         return self.accelerator.gather(total).sum() if self.args.world_size > 1 else total
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' step; before the first one, the rehearsal where there is to be one."""
+        if self.rehearses:
+            rehearse(self, model)
+            self.rehearses = False
+        return super().training_step(model, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -124,6 +124,9 @@ def _difference(summary: dict[str, Any], measure: str) -> str:
 def made_with(provenance: dict[str, Any]) -> list[str]:
     """The command, the machine, and the commits of hub repositories."""
     lines = [f"Last command: `{provenance['command']}`; Python {provenance['python']}, {provenance['device']}.", ""]
+    if provenance["deterministic"] is not None:
+        lines += ["Deterministic: the same command gives the same bits on such a device.", ""]
+        lines += [*(f"- {line}" for line in provenance["deterministic"]), ""]
     lines += [
         f"- {key} is {entry['repository']}, commit {entry['commit'] or 'unknown'}"
         for key, entry in provenance["hub"].items()

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
+from transmla.modeling.determinism import use_deterministic
 from transmla.plan.checks import Prepared
 from transmla.process.siblings import address, watch_others
 from transmla.run.fingerprints import Fingerprints
@@ -39,6 +40,7 @@ class Run:
     """
 
     def __init__(self, prepared: Prepared) -> None:
+        use_deterministic(prepared.recipe.deterministic)  # before the processes find one another
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
         self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
         if self.state.num_processes > 1:
@@ -51,6 +53,8 @@ class Run:
         self.paths = Paths(prepared.output, prepared.recipe)
         self.digests = Fingerprints(prepared)
         self.missed: list[str] = []
+        for line in prepared.replaced:
+            self.say(f"[deterministic] {line}")
         set_seed(self.recipe.seed)
         if prepared.device == "cpu":
             use_cores(self.recipe.threads, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -66,7 +66,7 @@ def evaluate(run: Run) -> None:
             metadata,
             answers={name: found for name, found in answers.items() if found},
             exported=run.paths.exported,
-            provenance=provenance(run.recipe, run.prepared.device),
+            provenance=provenance(run.recipe, run.prepared.device, run.prepared.replaced),
         )
         run.say((run.paths.root / "report.md").read_text())
         found = [missed(report)]

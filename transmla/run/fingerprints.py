@@ -109,6 +109,10 @@ class Fingerprints:
 
         self._contents: dict[str, list[Any]] = {}  # of datasets by name: a run looks at its inputs once
 
+    def _order(self) -> dict[str, bool]:
+        """What was made with sums in any order is no result of a recipe that wants them in one."""
+        return {"deterministic": True} if self.recipe.deterministic else {}
+
     def _data(self, data: Sequence[str | Part], key: str) -> list[Any]:
         """What the datasets hold and how they are read, whatever they are called and wherever they lie."""
         found: list[Any] = []
@@ -146,6 +150,7 @@ class Fingerprints:
                 "seed": self.recipe.seed,
                 "draws": 2,  # a seed once meant another text
             }
+            | self._order()
         )
 
     def written(self, name: str) -> str:
@@ -168,6 +173,7 @@ class Fingerprints:
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
             }
+            | self._order()
         )
 
     @cached_property
@@ -185,6 +191,7 @@ class Fingerprints:
                 "dtype": str(self.prepared.dtype),
                 "seed": self.recipe.seed,
             }
+            | self._order()
         )
 
     def stage(self, index: int) -> str:
@@ -229,6 +236,7 @@ class Fingerprints:
                 "record": stage.record.model_dump(mode="json", exclude={"folder"}),
             }
             | _rows(stage)
+            | self._order()
         )
 
     @property

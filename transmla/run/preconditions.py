@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from accelerate.utils import gather_object
+
 from transmla.errors import RecipeError
 from transmla.measure.tasks import read_questions
+from transmla.plan.device_memory import misfit
+from transmla.plan.launched import launch_of_environment
 from transmla.recipe.budget import rows_of_a_step, steps_of
 from transmla.recipe.stages import is_recorded, other_teacher
 from transmla.recover.teachers.shards import RecordedTeacher, check_inputs
@@ -32,6 +36,21 @@ def check_before_weights(run: Run) -> None:
     _check_tokens(run)
     _check_questions(run)
     check_room(run)
+    _check_devices(run)
+
+
+def _check_devices(run: Run) -> None:
+    """What is to be trained must fit on the device of every process."""
+    prepared, launch, refused = run.prepared, launch_of_environment(), None
+    for index in sorted(students_to_make(run)):
+        if index < 0 or refused is not None:
+            continue
+        stage = run.recipe.recover[index]
+        reason = misfit(stage, prepared.sizes, prepared.config, prepared.dtype, prepared.device, launch)
+        refused = None if reason is None else (f"recover.{index}", reason)
+    everywhere = [found for found in gather_object([refused]) if found is not None]
+    if everywhere:  # devices may differ in what others hold of them; all processes end
+        raise RecipeError(*everywhere[0])
 
 
 def _check_teachers(run: Run) -> None:

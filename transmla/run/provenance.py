@@ -23,17 +23,18 @@ from transmla.sources.kinds import kind_of
 Entry = dict[str, str | None]
 
 
-def provenance(recipe: Recipe, device: str) -> dict[str, Any]:
+def provenance(recipe: Recipe, device: str, replaced: list[str] | None = None) -> dict[str, Any]:
     """Plain values for report.json.
 
-    command: as it was typed, without secrets. hub: by recipe key, repository, revision and the commit that it is (None
-    where that was never known).
+    deterministic: None, or what was `replaced` for it, by key. command: as it was typed, without secrets. hub: by
+    recipe key, repository, revision and the commit that it is (None where that was never known).
     """
     return {
         "command": " ".join(shlex.quote(masked(word)) for word in sys.argv),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := package_version(name)) is not None},
         "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "deterministic": (replaced or []) if recipe.deterministic else None,
         "hub": hub_sources(recipe),
     }
 

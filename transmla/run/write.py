@@ -145,7 +145,7 @@ def _batches_of(run: Run, entry: AnyWriting) -> SampledBatches:
 
 
 def _engine(run: Run, entry: AnyWriting) -> str:
-    alone = run.prepared.device == "cuda" and run.state.num_processes == 1
+    alone = run.prepared.device == "cuda" and run.state.num_processes == 1 and not run.recipe.deterministic
     return ("vllm" if alone and find_spec("vllm") else "transformers") if entry.engine == "auto" else entry.engine
 
 

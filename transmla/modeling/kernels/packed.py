@@ -2,7 +2,8 @@
 
 On a GPU, in 16 bits, one of two kernels computes it: cuDNN's (package nvidia-cudnn-frontend) where there is much to do,
 FlashAttention-2 as PyTorch has it elsewhere and where that package is missing; on a CPU every document is computed by
-itself. `_by_cudnn` is the rule, docs/speed.md has the figures.
+itself. `_by_cudnn` is the rule, docs/speed.md has the figures. With `deterministic` both add gradients in one order:
+cuDNN's where its backward pass does so for these widths, FlashAttention-2's always.
 
 Boundaries reach attention through a trunk's further arguments (`trunk_arguments`), so that layers that are computed
 again for a backward pass get them too.
@@ -10,9 +11,7 @@ again for a backward pass get them too.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,6 +23,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.modeling.determinism import is_deterministic
+from transmla.modeling.kernels.cudnn_packed import documents_of, has_cudnn, why_not_ordered
 from transmla.modeling.kernels.fused import sdpa
 
 PACKED = "transmla_packed"  # name among transformers' attention functions
@@ -100,31 +101,9 @@ def kernels_there(device: torch.device, kernel: str = "auto") -> str:
         return "every document by itself"
     if kernel != "auto":
         return f"{'cuDNN' if kernel == 'cudnn' else 'FlashAttention'}'s kernel, as asked"
-    if _has_cudnn(device):
+    if has_cudnn(device):
         return "cuDNN's kernel where there is much to do, FlashAttention's elsewhere"
     return "FlashAttention's kernel"
-
-
-def why_no_cudnn(device: torch.device) -> str | None:
-    """Why cuDNN's kernel cannot compute attention over packed documents here; None: it can."""
-    if device.type != "cuda":
-        return "it needs a GPU"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        return f"it was measured on compute capability 9.0 alone, this card has {capability[0]}.{capability[1]}"
-    if find_spec("cudnn") is None:
-        return 'the package nvidia-cudnn-frontend is not installed (pip install "transmla[gpu]")'
-    try:
-        import_module("cudnn.sdpa.fwd.torch_op")
-    except ImportError:
-        return "this version of nvidia-cudnn-frontend has no such operator; 1.32 has"
-    return None
-
-
-@cache
-def _has_cudnn(device: torch.device) -> bool:
-    """Whether cuDNN's frontend is there, its operators registered, on a card on which it was measured."""
-    return why_no_cudnn(device) is None
 
 
 def packed_attention(
@@ -195,13 +174,9 @@ def _by_cudnn(query: Tensor, value: Tensor, chosen: int) -> bool:
     if chosen in (ALWAYS_FLASH, ALWAYS_CUDNN):
         return chosen == ALWAYS_CUDNN
     wanted = chosen == LONG_ONES or (value.shape[-1] < width and heads * tokens >= MANY)
-    return wanted and _has_cudnn(query.device)
-
-
-def _of_documents(bounds: Tensor, longest: int) -> dict[str, Any]:
-    """What both of cuDNN's operators are told of the documents."""
-    lengths = {"max_seqlen_q": longest, "max_seqlen_kv": longest}
-    return {"is_causal": True, "cu_seqlens_q": bounds, "cu_seqlens_kv": bounds} | lengths
+    if not (wanted and has_cudnn(query.device)):
+        return False
+    return not is_deterministic() or why_not_ordered(query.device, query.dtype, width, value.shape[-1]) is None
 
 
 @library.impl("transmla::packed", "CUDA")
@@ -211,7 +186,7 @@ def _packed(
     """query [T, H, E], key [T, G, E], value [T, G, V] -> output [T, H, V], logarithms of the sums [H, T]."""
     longest, chosen = plan.tolist()
     if _by_cudnn(query, value, chosen):
-        out, logs = torch.ops.cudnn.sdpa_fwd(query, key, value, scaling, **_of_documents(bounds, longest))
+        out, logs = torch.ops.cudnn.sdpa_fwd(query, key, value, scaling, **documents_of(bounds, longest))
         return out, logs[:, :, 0].T.contiguous()
     width = value.shape[-1]
     out, logs = torch.ops.aten._flash_attention_forward(
@@ -249,8 +224,8 @@ def _packed_backward(
             out,
             padded(logs.T.contiguous(), bounds, longest),
             scaling,
-            **_of_documents(bounds, longest),
-            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+            **documents_of(bounds, longest),
+            is_deterministic=is_deterministic(),
         )
     unused = torch.empty(2, dtype=torch.uint64, device=query.device)  # of dropout, which there is none of
     grads = torch.ops.aten._flash_attention_backward(

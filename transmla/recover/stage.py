@@ -17,6 +17,7 @@ from trl import SFTConfig
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
+from transmla.launch import layout
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
@@ -25,9 +26,10 @@ from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.compiling import compile_layers, plain_layers, why_not
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
-from transmla.recover.last_step import require_finite, train_to_the_end
+from transmla.recover.last_step import REMEDY, require_finite, train_to_the_end
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
+from transmla.recover.shards import collect
 from transmla.recover.teachers.kept import TeacherStates
 from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
@@ -110,12 +112,14 @@ def build_trainer(
     Raises:
         RecipeError: a teacher is to be kept that the device has no room for, or text that fills no row.
     """
-    if stage.train != "all" and teacher is not None:
+    shards = layout() == "fsdp2"
+    if stage.train != "all" and teacher is not None and not shards:  # pieces of two models have no common storage
         share_trunk(student, teacher)
     train_only(student, stage.train)
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if not shards:
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
     mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
@@ -164,6 +168,8 @@ def build_trainer(
     if reason is not None:
         trainer.compiled += f" ({reason})"
     trainer.add_callback(_Progress(trainer))
+    if shards:
+        trainer.shard(attentions=stage.kind == "layerwise")
     return trainer
 
 
@@ -245,13 +251,18 @@ def run_stage(
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
     for mark in ("_is_accelerate_prepared", "_original_forward"):
         vars(student).pop(mark, None)
+    root = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.sharded:
+        wide = torch.promote_types(dtype, torch.float32) if trainer.peft_config is not None else dtype
+        collect(root, wide, here=trainer.is_world_process_zero(), key=key, remedy=REMEDY)
     if trainer.peft_config is not None:
-        merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
+        merge_adapters(root)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    require_finite(student, key)
+    if not trainer.sharded:
+        require_finite(student, key)
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
     resumed = None if checkpoint is None else str(checkpoint)

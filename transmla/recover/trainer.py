@@ -20,6 +20,8 @@ from trl import SFTConfig, SFTTrainer
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
+from transmla.recover.sharded_trainer import ShardedTraining
+from transmla.recover.shards import gathered, mesh_of, shard
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Objective:
     tokens: Tensor
 
 
-class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
+class RecoveryTrainer(ShardedTraining, AtomicCheckpoints, SFTTrainer, ABC):
     """trl's SFTTrainer with a loss of our own, mostly against a frozen teacher.
 
     The loss needs hidden states of two models, which no `forward` of transformers returns, and DDP has to see the call
@@ -71,7 +73,21 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
         self.compiled = "layers not compiled"
-        install_objective(model, self.objective)
+        install_objective(model, self._gathered_objective)
+
+    def shard(self, *, attentions: bool) -> None:
+        """Put student and teacher in shards, each of its own root, after everything that reads whole weights.
+
+        attentions: whether the loss calls attentions from outside their layers.
+        """
+        mesh, products = mesh_of(self.args.device), torch.bfloat16 if self.args.bf16 else None
+        shard(self.accelerator.unwrap_model(self.model), self.student, mesh, attentions=attentions, products=products)
+        if self.teacher is not None:
+            shard(self.teacher, self.teacher, mesh, attentions=False, products=None)
+
+    def _gathered_objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:
+        """`objective`, where both heads can be read: inside the student's forward, and as it were the teacher's."""
+        return gathered(self.teacher, lambda: self.objective(student, inputs))
 
     @property
     def means(self) -> str:

@@ -20,7 +20,6 @@ from trl import SFTConfig, SFTTrainer
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
-from transmla.recover.sharded_trainer import ShardedTraining
 from transmla.recover.shards import gathered, mesh_of, shard
 
 
@@ -32,7 +31,7 @@ class Objective:
     tokens: Tensor
 
 
-class RecoveryTrainer(ShardedTraining, AtomicCheckpoints, SFTTrainer, ABC):
+class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
     """trl's SFTTrainer with a loss of our own, mostly against a frozen teacher.
 
     The loss needs hidden states of two models, which no `forward` of transformers returns, and DDP has to see the call

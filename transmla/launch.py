@@ -47,3 +47,11 @@ def without_fsdp() -> Iterator[None]:
     finally:
         if asked is not None:
             os.environ[FSDP] = asked
+
+
+def load_whole() -> None:
+    """Let transformers load whole models again, after a configuration of ZeRO-3 told it to load shards."""
+    if layout() == "zero3":
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()

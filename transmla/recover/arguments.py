@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from transmla.launch import layout
 from transmla.recipe.budget import steps_of
 from transmla.recipe.stages import AnyStage
 
@@ -29,6 +30,7 @@ def common_arguments(
     """What follows from the run, and is no key of a recipe (but for copies, which one may set otherwise)."""
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
     gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
+    by_zero = layout().startswith("zero")  # DeepSpeed finds its device itself, which accelerate calls no CPU
     copies = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
     return {key: value for key, value in copies.items() if key not in stage.trainer} | {
         "output_dir": str(folder),
@@ -36,5 +38,6 @@ def common_arguments(
         "seed": seed,
         "data_seed": seed,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu": device == "cpu",
+        "use_cpu": not gpu and not by_zero,
+        "ddp_backend": "gloo" if by_zero and not gpu else None,
     }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from transmla.launch import layout, without_fsdp
+from transmla.launch import Layout, layout, without_fsdp
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -24,13 +24,18 @@ class ShardedTraining(Trainer):
     attentions one by one and read a head that is never called, so units are chosen here (transmla.recover.shards).
     """
 
-    sharded = False  # whether the model is in shards
+    layout: Layout = "whole"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is in PyTorch's shards."""
+        return self.layout == "fsdp2"
 
     def create_accelerator_and_postprocess(self) -> None:
         with without_fsdp():
             super().create_accelerator_and_postprocess()
-        if layout() == "fsdp2":
-            self.sharded = True
+        self.layout = layout()
+        if self.sharded:
             accelerator = self.accelerator
             accelerator.prepare_model = functools.partial(
                 accelerator.prepare_model, device_placement=False, evaluation_mode=True

@@ -61,7 +61,14 @@ def _master_weights(module: nn.Module) -> None:
 
 def gathered(root: nn.Module | None, call: Callable[[], T]) -> T:
     """What `call()` gives, while a sharded root's own weights are whole; those of its layers are when they are run."""
-    return getattr(root, RUN)(call) if isinstance(root, FSDPModule) else call()
+    if isinstance(root, FSDPModule):
+        return getattr(root, RUN)(call)
+    return root(call) if in_zero3(root) else call()
+
+
+def in_zero3(root: nn.Module | None) -> bool:
+    """Whether a model's weights are in DeepSpeed's shards."""
+    return root is not None and any(hasattr(value, "ds_id") for value in root.parameters())
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from trl import SFTConfig
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
-from transmla.launch import layout
+from transmla.launch import layout, load_whole
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
@@ -66,10 +66,12 @@ def trainer_config(
     kind: type[SFTConfig] = SFTConfig,
 ) -> SFTConfig:
     """trl's own configuration object for a stage. kind: its class, or one derived from it."""
-    return kind(
+    config = kind(
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
         **(DEFAULTS | PACKING | stage.trainer),
     )
+    load_whole()
+    return config
 
 
 @contextmanager
@@ -112,11 +114,11 @@ def build_trainer(
     Raises:
         RecipeError: a teacher is to be kept that the device has no room for, or text that fills no row.
     """
-    shards = layout() == "fsdp2"
-    if stage.train != "all" and teacher is not None and not shards:  # pieces of two models have no common storage
-        share_trunk(student, teacher)
+    way = layout()
+    if stage.train != "all" and teacher is not None and way in ("whole", "zero2"):
+        share_trunk(student, teacher)  # pieces of two models have no common storage
     train_only(student, stage.train)
-    if not shards:
+    if way == "whole":  # FSDP2 makes them piece by piece, DeepSpeed has its own
         for parameter in student.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -168,8 +170,7 @@ def build_trainer(
     if reason is not None:
         trainer.compiled += f" ({reason})"
     trainer.add_callback(_Progress(trainer))
-    if shards:
-        trainer.shard(attentions=stage.kind == "layerwise")
+    trainer.shard(attentions=stage.kind == "layerwise")
     return trainer
 
 

@@ -21,6 +21,7 @@ from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
 from transmla.recover.shards import gathered, mesh_of, shard
+from transmla.recover.zero import keep_head, partition
 
 
 @dataclass
@@ -79,10 +80,16 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
 
         attentions: whether the loss calls attentions from outside their layers.
         """
-        mesh, products = mesh_of(self.args.device), torch.bfloat16 if self.args.bf16 else None
-        shard(self.accelerator.unwrap_model(self.model), self.student, mesh, attentions=attentions, products=products)
-        if self.teacher is not None:
-            shard(self.teacher, self.teacher, mesh, attentions=False, products=None)
+        if self.layout == "fsdp2":
+            mesh, products = mesh_of(self.args.device), torch.bfloat16 if self.args.bf16 else None
+            root = self.accelerator.unwrap_model(self.model)
+            shard(root, self.student, mesh, attentions=attentions, products=products)
+            if self.teacher is not None:
+                shard(self.teacher, self.teacher, mesh, attentions=False, products=None)
+        elif self.layout == "zero3":
+            keep_head(self.student)
+            if self.teacher is not None:
+                partition(self.teacher, self.accelerator)
 
     def _gathered_objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:
         """`objective`, where both heads can be read: inside the student's forward, and as it were the teacher's."""

@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from transmla.errors import RecipeError
+from transmla.launch import load_whole
 from transmla.recover.checkpoints import step_of
 
 REMEDY = "lower trainer.learning_rate or trainer.max_grad_norm"
@@ -55,7 +56,10 @@ def train_to_the_end(trainer: Trainer, checkpoint: Path | None, key: str) -> Non
     else:
         trainer.add_callback(_FiniteLoss(key))
         _stop_between_steps(trainer)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            load_whole()
     if trainer.state.global_step != steps:
         raise RecipeError(
             key,

@@ -6,10 +6,14 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from transmla.launch import Layout, layout, without_fsdp
+from transmla.recover.shards import collect, mesh_of, shard
+from transmla.recover.zero import keep_head, partition
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,6 +34,40 @@ class ShardedTraining(Trainer):
     def sharded(self) -> bool:
         """Whether the model is in PyTorch's shards."""
         return self.layout == "fsdp2"
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process has all weights."""
+        return self.layout in ("fsdp2", "zero3")
+
+    def into_shards(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, attentions: bool) -> None:
+        """Put student and teacher in shards, each of its own root, after everything that reads whole weights.
+
+        teacher: None also where it is in shards already. attentions: whether the loss calls attentions from outside
+        their layers.
+        """
+        if self.layout == "fsdp2":
+            mesh, products = mesh_of(self.args.device), torch.bfloat16 if self.args.bf16 else None
+            root = self.accelerator.unwrap_model(self.model)
+            shard(root, student, mesh, attentions=attentions, products=products)
+            if teacher is not None:
+                shard(teacher, teacher, mesh, attentions=False, products=None)
+        elif self.layout == "zero3":
+            keep_head(student)
+            if teacher is not None:
+                partition(teacher, self.accelerator)
+
+    def leave_shards(self, dtype: torch.dtype, *, key: str, remedy: str) -> None:
+        """Make the model whole again, on the first process, in the host's memory; nothing where it is whole.
+
+        Raises:
+            RecipeError: a weight is not finite.
+        """
+        if self.in_parts:
+            here = self.is_world_process_zero()
+            collect(self.accelerator.unwrap_model(self.model), dtype, here=here, key=key, remedy=remedy)
+        if self.is_deepspeed_enabled:
+            self.accelerator.free_memory()  # the engine
 
     def create_accelerator_and_postprocess(self) -> None:
         with without_fsdp():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -71,6 +72,20 @@ def in_zero3(root: nn.Module | None) -> bool:
     return root is not None and any(hasattr(value, "ds_id") for value in root.parameters())
 
 
+@contextmanager
+def kept_whole(root: nn.Module) -> Iterator[None]:
+    """Meanwhile every layer stays whole once it was run, as for sampling, which runs it for every token."""
+    layers = [module for module in root.modules() if isinstance(module, FSDPModule) and module is not root]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(True, recurse=False)
+            layer.reshard()
+
+
 @torch.no_grad()
 def collect(root: nn.Module, dtype: torch.dtype, *, here: bool, key: str, remedy: str) -> None:
     """Make a sharded model whole again, in place, weight by weight, in the host's memory of one process.
@@ -89,16 +104,29 @@ def collect(root: nn.Module, dtype: torch.dtype, *, here: bool, key: str, remedy
             module.reshard()
     whole: dict[nn.Parameter, nn.Parameter] = {}
     for name, value in root.named_parameters():
-        full = value.full_tensor() if isinstance(value, DTensor) else value.detach()
-        if not full.isfinite().all():
-            raise RecipeError(key, f"{name} is not finite after the last step; {remedy}")
-        whole[value] = nn.Parameter(full.to(device="cpu" if here else "meta", dtype=dtype), requires_grad=False)
+        with _whole(value) as full:
+            if not full.isfinite().all():
+                raise RecipeError(key, f"{name} is not finite after the last step; {remedy}")
+            kept = full.to(device="cpu" if here else "meta", dtype=dtype, copy=True)
+            whole[value] = nn.Parameter(kept, requires_grad=False)
     for module in modules:
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = whole[value]
+        module._parameters = {
+            name: None if value is None else whole[value] for name, value in dict.items(module._parameters)
+        }
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
         if isinstance(module, FSDPModule):
             vars(module).pop(RUN, None)
-            module._forward_pre_hooks.clear()
-            module._forward_hooks.clear()
             module.__class__ = next(kind for kind in type(module).__mro__[1:] if not issubclass(kind, FSDPModule))
+
+
+@contextmanager
+def _whole(value: nn.Parameter) -> Iterator[Tensor]:
+    """All of a weight, of which every process keeps a part."""
+    if hasattr(value, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([value]):
+            yield value.data
+    else:
+        yield value.full_tensor() if isinstance(value, DTensor) else value.data

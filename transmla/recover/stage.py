@@ -29,7 +29,6 @@ from transmla.recover.divergence import Divergence
 from transmla.recover.last_step import REMEDY, require_finite, train_to_the_end
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
-from transmla.recover.shards import collect
 from transmla.recover.teachers.kept import TeacherStates
 from transmla.recover.trainer import RecoveryTrainer, weight_sizes
 
@@ -170,7 +169,7 @@ def build_trainer(
     if reason is not None:
         trainer.compiled += f" ({reason})"
     trainer.add_callback(_Progress(trainer))
-    trainer.shard(attentions=stage.kind == "layerwise")
+    trainer.into_shards(student, teacher, attentions=stage.kind == "layerwise")
     return trainer
 
 
@@ -252,17 +251,15 @@ def run_stage(
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
     for mark in ("_is_accelerate_prepared", "_original_forward"):
         vars(student).pop(mark, None)
-    root = trainer.accelerator.unwrap_model(trainer.model)
-    if trainer.sharded:
-        wide = torch.promote_types(dtype, torch.float32) if trainer.peft_config is not None else dtype
-        collect(root, wide, here=trainer.is_world_process_zero(), key=key, remedy=REMEDY)
+    wide = dtype if trainer.peft_config is None else torch.promote_types(dtype, torch.float32)  # of merged adapters
+    trainer.leave_shards(wide, key=key, remedy=REMEDY)
     if trainer.peft_config is not None:
-        merge_adapters(root)
+        merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     for parameter in student.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    if not trainer.sharded:
+    if not trainer.in_parts:
         require_finite(student, key)
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there

@@ -20,8 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
-from transmla.recover.shards import gathered, mesh_of, shard
-from transmla.recover.zero import keep_head, partition
+from transmla.recover.shards import gathered
 
 
 @dataclass
@@ -74,22 +73,6 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
         self.compiled = "layers not compiled"
         install_objective(model, self._gathered_objective)
-
-    def shard(self, *, attentions: bool) -> None:
-        """Put student and teacher in shards, each of its own root, after everything that reads whole weights.
-
-        attentions: whether the loss calls attentions from outside their layers.
-        """
-        if self.layout == "fsdp2":
-            mesh, products = mesh_of(self.args.device), torch.bfloat16 if self.args.bf16 else None
-            root = self.accelerator.unwrap_model(self.model)
-            shard(root, self.student, mesh, attentions=attentions, products=products)
-            if self.teacher is not None:
-                shard(self.teacher, self.teacher, mesh, attentions=False, products=None)
-        elif self.layout == "zero3":
-            keep_head(self.student)
-            if self.teacher is not None:
-                partition(self.teacher, self.accelerator)
 
     def _gathered_objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:
         """`objective`, where both heads can be read: inside the student's forward, and as it were the teacher's."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal
 
 from transmla.errors import RecipeError
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
 Layout = Literal["whole", "fsdp2", "zero2", "zero3"]
+
+IN_PARTS = ("fsdp2", "zero3")  # no process has all weights
 
 # What accelerate and transformers would act on themselves; shards are made here (transmla.recover.shards).
 FSDP = "ACCELERATE_USE_FSDP"
@@ -35,6 +41,16 @@ def layout() -> Layout:
 
 def _on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1")
+
+
+def open_processes(device: str, timeout: timedelta) -> PartialState:
+    """The processes of a run, each with its device; every one loads models whole, whatever the launch file says."""
+    from accelerate import PartialState
+
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # processes but the first would load nothing
+    if layout().startswith("zero") and device == "cpu":  # accelerate leaves DeepSpeed out where it is told of a CPU
+        return PartialState(backend="gloo", timeout=timeout)
+    return PartialState(cpu=device == "cpu", timeout=timeout)
 
 
 @contextmanager

@@ -120,6 +120,8 @@ class AtomicCheckpoints(ShardedTraining):
         return os.path.join(folder, PARTIAL) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        if self.is_deepspeed_enabled and self.state.global_step >= self.state.max_steps:
+            return  # nothing but a training that goes on reads its files
         with self._stalled():
             self._wait()
             with writing(self.args.output_dir):

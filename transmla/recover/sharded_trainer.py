@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from transmla.launch import Layout, layout, without_fsdp
+from transmla.launch import IN_PARTS, Layout, layout, without_fsdp
 from transmla.recover.shards import collect, mesh_of, shard
 from transmla.recover.zero import keep_head, partition
 
@@ -38,7 +38,7 @@ class ShardedTraining(Trainer):
     @property
     def in_parts(self) -> bool:
         """Whether no process has all weights."""
-        return self.layout in ("fsdp2", "zero3")
+        return self.layout in IN_PARTS
 
     def into_shards(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, attentions: bool) -> None:
         """Put student and teacher in shards, each of its own root, after everything that reads whole weights.

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
+from transmla.launch import open_processes
 from transmla.plan.checks import Prepared
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, prepared: Prepared) -> None:
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
-        self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        self.state = open_processes(prepared.device, timedelta(hours=24))
         chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ
         broadcast_object_list(chosen)
         prepared = replace(prepared, streaming=chosen[0], evaluation=chosen[1])

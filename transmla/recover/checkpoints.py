@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -170,7 +171,7 @@ class AtomicCheckpoints(ShardedTraining):
         assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
         small: dict[str, Any] = {}
         if self.sharded:
-            save_shards(Path(output_dir), self.model, self.optimizer.optimizer)
+            save_shards(Path(output_dir), self.model, _unwrapped(self.optimizer))
         elif self.args.should_save:
             self._pending[MOMENTS], small[GROUPS] = split_optimizer(self.optimizer.state_dict())
         if self.args.should_save:
@@ -205,12 +206,17 @@ class AtomicCheckpoints(ShardedTraining):
         folder = Path(checkpoint)
         if self.sharded:
             assert self.model is not None
-            load_optimizer(folder, self.model, self.optimizer.optimizer)
+            load_optimizer(folder, self.model, _unwrapped(self.optimizer))
         else:
             groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(join_optimizer(read_optimizer(folder / MOMENTS, self.args.device), groups))
         with warnings.catch_warnings(action="ignore"):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """torch's own, from inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 @contextmanager

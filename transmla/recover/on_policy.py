@@ -39,6 +39,7 @@ class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         if not self.sharded:
             return super()._generate_single_turn(*args, **kwargs)
+        assert self.model is not None
         with kept_whole(self.model):  # processes stop at lengths of their own: none gathers for another
             return super()._generate_single_turn(*args, **kwargs)
 

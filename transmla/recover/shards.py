@@ -62,14 +62,19 @@ def _master_weights(module: nn.Module) -> None:
 
 def gathered(root: nn.Module | None, call: Callable[[], T]) -> T:
     """What `call()` gives, while a sharded root's own weights are whole; those of its layers are when they are run."""
+    found: list[T] = []  # what a forward returns would get hooks for its backward pass
     if isinstance(root, FSDPModule):
-        return getattr(root, RUN)(call)
-    return root(call) if in_zero3(root) else call()
+        getattr(root, RUN)(lambda: found.append(call()))
+    elif root is not None and in_zero3(root):
+        root(lambda: found.append(call()))
+    else:
+        found.append(call())
+    return found[0]
 
 
-def in_zero3(root: nn.Module | None) -> bool:
+def in_zero3(root: nn.Module) -> bool:
     """Whether a model's weights are in DeepSpeed's shards."""
-    return root is not None and any(hasattr(value, "ds_id") for value in root.parameters())
+    return any(hasattr(value, "ds_id") for value in root.parameters())
 
 
 @contextmanager
@@ -117,7 +122,8 @@ def collect(root: nn.Module, dtype: torch.dtype, *, here: bool, key: str, remedy
         module._forward_hooks.clear()
         if isinstance(module, FSDPModule):
             vars(module).pop(RUN, None)
-            module.__class__ = next(kind for kind in type(module).__mro__[1:] if not issubclass(kind, FSDPModule))
+            plain = [kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule)]
+            module.__class__ = plain[0]  # type: ignore[assignment]  # what `fully_shard` made a class of its own
 
 
 @contextmanager

@@ -1,0 +1,47 @@
+"""What a launch file cannot be used for, before weights load."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from transmla.errors import RecipeError
+from transmla.launch import IN_PARTS, layout
+from transmla.recipe.schema import Recipe
+from transmla.recipe.stages import Distill, TrainerStage
+
+# Optimizers that look at every weight for itself: of a matrix in shards no process has rows or columns whole, and
+# 8-bit moments are scaled by blocks of their own.
+ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad")
+
+
+def check_launch(recipe: Recipe, device: str, dtype_name: str) -> None:
+    """Check the launch file in use against the recipe's stages.
+
+    Raises:
+        RecipeError: DeepSpeed is missing, or a stage asks for what shards do not have.
+    """
+    way = layout()
+    if way == "whole":
+        return
+    if way.startswith("zero") and find_spec("deepspeed") is None:
+        raise RecipeError("launch", 'DeepSpeed is not installed; pip install "transmla[deepspeed]"')
+    if way.startswith("zero") and device == "cpu" and dtype_name != "float32":
+        raise RecipeError("dtype", f"DeepSpeed on a CPU computes in float32, not {dtype_name}; use float32")
+    for index, stage in enumerate(recipe.recover):
+        key = f"recover.{index}"
+        optimizer = str(stage.trainer.get("optim", ELEMENTWISE[0]))
+        if optimizer not in ELEMENTWISE:
+            raise RecipeError(
+                f"{key}.trainer.optim",
+                f"{optimizer} reads whole matrices, and {way} has them in pieces; use one of {', '.join(ELEMENTWISE)}",
+            )
+        if isinstance(stage, Distill) and stage.keep_teacher:
+            raise RecipeError(f"{key}.keep_teacher", f"it is for one process with whole models, not {way}; use false")
+        if isinstance(stage, TrainerStage) and stage.compile is True and way == "zero3":
+            raise RecipeError(
+                f"{key}.compile", "ZeRO-3 gathers weights inside the layers, where nothing can be compiled; use auto"
+            )
+        if stage.trainer.get("activation_offloading") and way in IN_PARTS:
+            raise RecipeError(
+                f"{key}.trainer.activation_offloading", f"not with {way}; use trainer.gradient_checkpointing"
+            )

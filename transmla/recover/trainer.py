@@ -87,7 +87,10 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split where weights have rates of their own."""
+        there = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if there:  # with DeepSpeed transformers asks twice
+            return optimizer
         names = {id(value): name for name, value in self.student.named_parameters()}
         groups = []
         for group in optimizer.param_groups:

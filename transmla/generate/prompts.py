@@ -18,7 +18,9 @@ from transmla.generate.problems import ProblemSet, prompt_text
 from transmla.generate.sampler import Sample, batch_seed, batches
 from transmla.recipe.writing import Problems, Text
 
-CHARACTERS = 16  # of text that surely hold a token of it
+CHARACTERS, FEW = 16, 6  # of text to a token: that surely hold one; that mostly do
+
+MARGIN = 8  # tokens before the end of a part of a text that may be others than in the whole
 
 CUT = "\ufffd"  # what is left of a letter whose last bytes are in the next token
 
@@ -109,7 +111,7 @@ class TextPrompts:
             self.entry.cues[drawn[place]].replace(HERE, text.removesuffix(CUT))
             for place, text in zip(around, texts, strict=True)
         ]
-        for place, tokens in zip(around, documents(Dataset.from_dict({"text": texts}), self.tokenizer), strict=True):
+        for place, tokens in zip(around, self._tokens(texts), strict=True):
             found[place] = tokens
         return found
 
@@ -127,14 +129,29 @@ class TextPrompts:
             unlike = sorted(set(wanted))  # a few long texts are asked for again and again
             texts = dict(zip(unlike, self.data.select(unlike)["text"], strict=True))
             pieces = [piece(texts[row], CHARACTERS * self.entry.prefix_tokens, generator) for row in wanted]
-            rows = Dataset.from_dict({"text": pieces})
+            found = self._first_tokens(pieces)
         else:
-            rows = self.data.select(wanted)
-        try:
-            found = [document[: self.entry.prefix_tokens] for document in documents(rows, self.tokenizer)]
-        except ValueError as error:
-            raise RecipeError(f"{self.key}.prefix_data", str(error)) from None
-        return [document or list(self.start) for document in found]
+            try:
+                found = list(documents(self.data.select(wanted), self.tokenizer))
+            except ValueError as error:
+                raise RecipeError(f"{self.key}.prefix_data", str(error)) from None
+        return [document[: self.entry.prefix_tokens] or list(self.start) for document in found]
+
+    def _first_tokens(self, texts: list[str]) -> list[list[int]]:
+        """`prefix_tokens` tokens of every text, or more, or all that it has. Most of a text need not be tokenised."""
+        few = FEW * self.entry.prefix_tokens
+        found = self._tokens([text[:few] for text in texts])
+        short = [
+            place
+            for place, (text, tokens) in enumerate(zip(texts, found, strict=True))
+            if len(text) > few and len(tokens) < self.entry.prefix_tokens + MARGIN
+        ]
+        for place, tokens in zip(short, self._tokens([texts[place] for place in short]), strict=True):
+            found[place] = tokens
+        return found
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return list(documents(Dataset.from_dict({"text": texts}), self.tokenizer))
 
 
 def _after_a_word(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

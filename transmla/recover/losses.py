@@ -6,6 +6,7 @@ respect to the student's hidden states and head, and is gone.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -20,9 +21,10 @@ ELEMENTS = 2**25  # logits of one model that exist at a time: 128 MiB in float32
 SLOPES = 2**27  # derivatives kept for one product with the hidden states: 256 MiB in bfloat16
 
 ROWS = 2**13  # rows of the head whose gradient is formed at a time
-# Where one kernel makes value and slope of two models' logits, fewer and larger chunks pay: their bytes, 0.6 GiB, and
-# derivatives kept for one product. A chunk's tokens are a multiple of what matrix products on a GPU are cut into.
-FUSED_BYTES, FUSED_SLOPES, TILE = 5 * 2**27, 2**28, 128
+# Where one kernel makes value and slope of two models' logits, fewer and larger chunks pay: their bytes, 0.6 GiB, of
+# which a trained head's slopes need a part, kept for few large products with the hidden states (docs/experiments.md). A
+# chunk's tokens are a multiple of what matrix products on a GPU are cut into.
+FUSED_BYTES, TRAINED_BYTES, TRAINED_SLOPES, TILE = 5 * 2**27, 7 * 2**26, 21 * 2**24, 128
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Mixture:
     cross_entropy: float = 0.0
 
 
-def _accumulate(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
+def _accumulate(total: Tensor, slopes: Tensor, hidden: Tensor, *, first: bool) -> None:
     """Add slopesᵀ · hidden ([n, V] and [n, D]) to the head's gradient [V, D], which is as large as a head of float32.
+
+    first: nothing was added yet, and what stands in the first V rows is not read.
 
     Accumulating per chunk would rewrite the whole gradient for a few hundred tokens; one product over all tokens would
     need their slopes, or a second copy of it.
@@ -64,12 +68,15 @@ def _accumulate(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
     narrow = slopes.is_cuda and slopes.dtype == torch.bfloat16
     if narrow:
         own = total[: slopes.shape[1]]
-        torch.addmm(own, slopes.T, hidden, out_dtype=torch.float32, out=own)
+        if first:
+            torch.mm(slopes.T, hidden, out_dtype=torch.float32, out=own)
+        else:
+            torch.addmm(own, slopes.T, hidden, out_dtype=torch.float32, out=own)
         return
     for start in range(0, slopes.shape[1], ROWS):
         rows = slopes[:, start : start + ROWS].T
-        part = rows @ hidden
-        total[start : start + len(part)] += part
+        part, own = rows @ hidden, total[start : start + rows.shape[0]]
+        own.copy_(part) if first else own.add_(part)
 
 
 def _has_kernel(states: Tensor) -> bool:
@@ -77,9 +84,9 @@ def _has_kernel(states: Tensor) -> bool:
     return states.is_cuda and find_spec("triton") is not None
 
 
-def _fused_chunk(words: int, shared: bool) -> int:
+def _fused_chunk(words: int, *, shared: bool, trained: bool) -> int:
     """Tokens whose logits exist at a time: float32 of both models, or of the teacher and bfloat16 of the difference."""
-    most = max(1, FUSED_BYTES // (words * (6 if shared else 8)))
+    most = max(1, (TRAINED_BYTES if trained else FUSED_BYTES) // (words * (6 if shared else 8)))
     return most if most < TILE else most // TILE * TILE
 
 
@@ -112,59 +119,105 @@ def _fused(
     )
 
 
+def _in_products(head: Tensor, products: torch.dtype, *, trained: bool) -> AbstractContextManager[Tensor]:
+    """The head [V, D] in the dtype of products; one that is trained in float32 without a copy, where a kernel can."""
+    if trained and products == torch.bfloat16 and _has_kernel(head):
+        from transmla.recover.rounded_head import can_be_rounded, rounded_in_place
+
+        if can_be_rounded(head):
+            return rounded_in_place(head)
+    return nullcontext(head.to(products))
+
+
+def _in_chunks(
+    student: Tensor,
+    head: Tensor,
+    teacher: Teacher | Kept | None,
+    labels: Tensor | None,
+    mixture: Mixture,
+    softcap: float | None,
+    chunk: int | None,
+    grad_hidden: Tensor | None,
+    grad_head: Tensor | None,
+    *,
+    shared: bool,
+) -> Tensor:
+    """The loss, summed, and its gradients where they are wanted, written over `grad_hidden` and the first V rows of
+    `grad_head`.
+
+    Args:
+        head: of the student, [V, D], in the dtype of products. shared: whether it is the teacher's too.
+    """
+    products, words = head.dtype, len(head)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=student.device)
+    plain = mixture.temperature == 1.0
+    temperature = None if plain else torch.tensor(mixture.temperature, dtype=wide, device=student.device)
+    rest = (mixture.divergence, mixture.cross_entropy, softcap, products)
+    fused = isinstance(teacher, Teacher) and _has_kernel(student)
+    trained = grad_head is not None
+    chunk = chunk or (_fused_chunk(words, shared=shared, trained=trained) if fused else max(1, ELEMENTS // words))
+    # Tokens of one product for the gradients through slopes that are kept.
+    together = min(len(student), max(1, (TRAINED_SLOPES if fused else SLOPES) // words // chunk) * chunk)
+    slopes = None
+    if trained:
+        slopes = student.new_empty(together, words, dtype=products if student.is_cuda else wide)
+    for start in range(0, len(student), chunk):
+        part = slice(start, start + chunk)
+        if shared:
+            assert isinstance(teacher, Teacher)
+            logits = ((student[part] - teacher.hidden[part]).to(products)) @ head.T
+        else:
+            logits = logits_float32(student[part], head)
+        target = None if labels is None else labels[part]
+        if teacher is None:
+            value, slope = fast(label_alone, logits)(logits, target, softcap, products)
+        elif isinstance(teacher, Kept):
+            value, slope = fast(kept_part, logits)(logits, teacher.ids[part], teacher.logp[part], target, *rest)
+        else:
+            expected = logits_float32(teacher.hidden[part], teacher.head[:words])
+            if fused:
+                done = start % together
+                out = None if slopes is None else slopes[done : done + len(logits)]
+                value, slope = _fused(logits, expected, target, mixture, softcap, products, out, gap=shared)
+            else:
+                value, slope = fast(dense, logits)(logits, expected, temperature, target, *rest)
+            del expected
+        del logits
+        total += value
+        if grad_hidden is not None and not (trained and fused):
+            grad_hidden[part] = (slope @ head).to(student.dtype)
+        if slopes is not None and grad_head is not None:
+            done = start % together + len(slope)
+            if not fused:
+                slopes[done - len(slope) : done] = slope
+            if done == together or start + chunk >= len(student):
+                group = slice(start + len(slope) - done, start + len(slope))
+                if grad_hidden is not None and fused:
+                    grad_hidden[group] = (slopes[:done] @ head).to(student.dtype)
+                _accumulate(grad_head, slopes[:done], student[group], first=group.start == 0)
+        del slope  # before the next chunk's logits are made
+    return total
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, student_head, teacher, labels, mixture, softcap, chunk, products):
         need_hidden, need_head = ctx.needs_input_grad[:2]
         wide = torch.promote_types(student.dtype, torch.float32)
         words = len(student_head) if not isinstance(teacher, Teacher) else min(len(student_head), len(teacher.head))
-        head = student_head[:words].to(products)
-        total = torch.zeros((), dtype=wide, device=student.device)
         grad_hidden = torch.empty_like(student) if need_hidden else None
-        grad_head = torch.zeros_like(student_head, dtype=wide) if need_head else None
-        plain = mixture.temperature == 1.0
-        temperature = None if plain else torch.tensor(mixture.temperature, dtype=wide, device=student.device)
-        rest = (mixture.divergence, mixture.cross_entropy, softcap, products)
-        fused = isinstance(teacher, Teacher) and _has_kernel(student)
+        grad_head = None
+        if need_head:
+            grad_head = torch.empty_like(student_head, dtype=wide)
+            grad_head[words if len(student) else 0 :] = 0
         # One product of the difference of the states has the digits that two products would lose in theirs.
-        shared = fused and products == torch.bfloat16 and teacher.head.data_ptr() == student_head.data_ptr()
-        chunk = chunk or (_fused_chunk(words, shared) if fused else max(1, ELEMENTS // words))
-        # Tokens of one product for the head's gradient.
-        together = min(len(student), max(1, (FUSED_SLOPES if fused else SLOPES) // words // chunk) * chunk)
-        slopes = student.new_empty(together, words, dtype=products if student.is_cuda else wide) if need_head else None
-        for start in range(0, len(student), chunk):
-            part = slice(start, start + chunk)
-            if shared:
-                assert isinstance(teacher, Teacher)
-                logits = ((student[part] - teacher.hidden[part]).to(products)) @ head.T
-            else:
-                logits = logits_float32(student[part], head)
-            target = None if labels is None else labels[part]
-            if teacher is None:
-                value, slope = fast(label_alone, logits)(logits, target, softcap, products)
-            elif isinstance(teacher, Kept):
-                value, slope = fast(kept_part, logits)(logits, teacher.ids[part], teacher.logp[part], target, *rest)
-            elif fused:
-                expected = logits_float32(teacher.hidden[part], teacher.head[:words])
-                done = start % together
-                out = None if slopes is None else slopes[done : done + len(logits)]
-                value, slope = _fused(logits, expected, target, mixture, softcap, products, out, gap=shared)
-                del expected
-            else:
-                expected = logits_float32(teacher.hidden[part], teacher.head[:words])
-                value, slope = fast(dense, logits)(logits, expected, temperature, target, *rest)
-                del expected
-            del logits
-            total += value
-            if need_hidden:
-                grad_hidden[part] = (slope @ head).to(student.dtype)
-            if need_head:
-                done = start % together + len(slope)
-                if not fused:
-                    slopes[done - len(slope) : done] = slope
-                if done == together or start + chunk >= len(student):
-                    _accumulate(grad_head, slopes[:done], student[start + len(slope) - done : start + len(slope)])
-            del slope  # before the next chunk's logits are made
+        shared = isinstance(teacher, Teacher) and teacher.head.data_ptr() == student_head.data_ptr()
+        shared = shared and products == torch.bfloat16 and _has_kernel(student)
+        with _in_products(student_head[:words], products, trained=need_head and not shared) as head:
+            total = _in_chunks(
+                student, head, teacher, labels, mixture, softcap, chunk, grad_hidden, grad_head, shared=shared
+            )
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.head_dtype = student_head.dtype
         return total

@@ -36,19 +36,23 @@ class Place:
 Batches = dict[int, Place]
 
 
-def _check(row: dict[str, Any]) -> str:
-    """Digest of a batch's line, which is in it as `check`."""
-    content = {name: value for name, value in row.items() if name != "check"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+CHECK = b',"check":'
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """A batch's line. Its last entry is a digest of what stands before it."""
+    content = json.dumps(row, separators=(",", ":")).encode()[:-1]
+    return content + CHECK + _check(content)
+
+
+def _check(content: bytes) -> bytes:
+    return f'"{hashlib.sha256(content).hexdigest()[:16]}"}}\n'.encode()
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """A batch's line; None of one that is not as it was written."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and row.get("check") == _check(row) else None
+    content, _, check = line.rpartition(CHECK)
+    return json.loads(content + b"}") if check == _check(content) else None
 
 
 class SampledBatches:
@@ -110,16 +114,19 @@ class SampledBatches:
 
     def append(self, process: int, batch: int, samples: Sequence[Sample], seconds: float = 0.0) -> None:
         """Add a batch for good."""
-        file = self.folder / f"{process:03d}.jsonl"
-        new = not file.exists()
-        with file.open("a") as lines:
-            content = [[sample.tokens, sample.finished] for sample in samples]
-            row = {"batch": batch, "seconds": round(seconds, 2), "samples": content}
-            lines.write(json.dumps(row | {"check": _check(row)}, separators=(",", ":")) + "\n")
+        file, seconds = self.folder / f"{process:03d}.jsonl", round(seconds, 2)
+        content = [[sample.tokens, sample.finished] for sample in samples]
+        line = _line({"batch": batch, "seconds": seconds, "samples": content})
+        with file.open("ab") as lines:
+            offset = lines.tell()
+            lines.write(line)
             lines.flush()
             os.fsync(lines.fileno())
-        if new:
+        if not offset:
             fsync(self.folder)
+        if self._read.get(file, 0) == offset:  # `index` need not read what was just written
+            tokens = sum(len(sample.tokens) + sample.finished for sample in samples)
+            self._found[batch], self._read[file] = Place(file, offset, tokens, seconds), offset + len(line)
 
 
 def sample_missing(

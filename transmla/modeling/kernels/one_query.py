@@ -59,23 +59,43 @@ def one_latent_query(
     if _kernel_takes(*tensors) and (mask is None or mask.shape[1:3] == (1, 1)):
         from transmla.modeling.kernels.latent_query import latent_query
 
-        hidden = None if mask is None else mask[:, 0, 0]
-        if hidden is not None and hidden.dtype == torch.bool:
-            hidden = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(~hidden, -torch.inf)
+        hidden = None if mask is None else _additive(mask[:, 0, 0])
         return latent_query(query[:, :, 0], rope_query[:, :, 0], latent[:, 0], rope_key[:, 0], hidden, scaling)[
             :, :, None
         ]
     return one_query([(query, latent), (rope_query, rope_key)], latent, mask, scaling)
 
 
+def _additive(mask: Tensor) -> Tensor:
+    """What a mask, boolean or additive, adds to logits."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+
+
+def _for_a_kernel(*tensors: Tensor) -> bool:
+    """Whether tensors, the query first, are on a GPU with Triton, in one format, and no gradient is asked for."""
+    if not tensors[0].is_cuda or find_spec("triton") is None:
+        return False
+    if len({tensor.dtype for tensor in tensors}) > 1 or any(tensor.stride(-1) != 1 for tensor in tensors[1:]):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _many(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether rows and groups are enough for the kernel that gives each of them a program."""
+    if not _for_a_kernel(query, key, value):
+        return False
+    from transmla.modeling.kernels.grouped_query import fits
+
+    rows, groups, _, width = value.shape
+    return fits(rows, groups, key.shape[-1], width, value.dtype, value.device)
+
+
 def _kernel_takes(*tensors: Tensor) -> bool:
     """Whether the kernel computes this: on a GPU that has it, in one 16-bit format, and no gradient is asked for."""
     query, rope_query, latent, _ = tensors
-    if not query.is_cuda or find_spec("triton") is None:
-        return False
-    if len({tensor.dtype for tensor in tensors}) > 1 or any(tensor.stride(-1) != 1 for tensor in tensors[2:]):
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not _for_a_kernel(*tensors):
         return False
     from transmla.modeling.kernels.latent_query import fits
 
@@ -100,6 +120,11 @@ def _one_query_of_a_source(
     """
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} caps its attention or has sinks; decode with a cache that grows")
+    if _many(query, key, value) and (attention_mask is None or attention_mask.shape[1:3] == (1, 1)):
+        from transmla.modeling.kernels.grouped_query import grouped_query
+
+        hidden = None if attention_mask is None else _additive(attention_mask[:, 0, 0])
+        return grouped_query(query[:, :, 0], key, value, hidden, scaling)[:, None], None
     return one_query([(query, key)], value, attention_mask, scaling).transpose(1, 2), None
 
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from tests.unit import test_recover
 from tests.unit.test_recover import losses, make_trainer
+from transmla.errors import RecipeError
 from transmla.launch import load_whole
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.stage import run_stage
@@ -126,6 +127,23 @@ def resume(folder: Path) -> None:
             stopped.train()
         stopped.accelerator.wait_for_everyone()
         go_on(folder, case)
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        refuse_a_full_disk(folder)
+
+
+def refuse_a_full_disk(folder: Path) -> None:
+    """One process cannot write its part: all end with its reason, and there is no checkpoint."""
+    trainer = trainer_of("sft", folder / "full", save_strategy="steps", save_steps=2)
+
+    def write_data(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", write_data)
+        with pytest.raises(RecipeError, match="process 1: .*No space left"):
+            trainer.train()
+    assert last_checkpoint(folder / "full" / "checkpoints") is None
 
 
 def go_on(folder: Path, case: str) -> None:

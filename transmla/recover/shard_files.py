@@ -18,9 +18,16 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Write trained weights and optimizer; every process calls this, and each writes what it keeps."""
+    """Write trained weights and optimizer; every process calls this, and each writes what it keeps.
+
+    Raises:
+        OSError: one of them could not; on all processes.
+    """
     state = {WEIGHTS: _weights(model), OPTIMIZER: get_optimizer_state_dict(model, optimizer)}
-    checkpoint.save(state, checkpoint_id=folder / FOLDER)
+    try:
+        checkpoint.save(state, checkpoint_id=folder / FOLDER)
+    except CheckpointException as error:
+        raise OSError(_first(error)) from None
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -42,7 +49,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     try:
         checkpoint.load({WEIGHTS: wanted}, checkpoint_id=folder / FOLDER)
     except CheckpointException as error:
-        raise ValueError(str(next(iter(error.failures.values()))[0])) from None
+        raise ValueError(_first(error)) from None
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -50,6 +57,12 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     checkpoint.load({OPTIMIZER: state}, checkpoint_id=folder / FOLDER)
     set_optimizer_state_dict(model, optimizer, state)
+
+
+def _first(error: CheckpointException) -> str:
+    """What came in the way of the first process that failed."""
+    rank, (reason, _) = min(error.failures.items())
+    return f"process {rank}: {reason}"
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

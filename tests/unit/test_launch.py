@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from transmla.errors import RecipeError
-from transmla.launch import layout
 from transmla.plan.checks import prepare
 from transmla.plan.launch_checks import ELEMENTWISE
 from transmla.recipe.compose import load_recipe
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import Distill
 from transmla.recover.origin import Origin
 

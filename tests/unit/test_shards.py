@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from tests.unit import test_recover
 from tests.unit.test_recover import losses, make_trainer
 from transmla.errors import RecipeError
-from transmla.launch import load_whole
+from transmla.recipe.launch_file import load_whole
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.stage import run_stage
 

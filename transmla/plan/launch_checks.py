@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from transmla.errors import RecipeError
-from transmla.launch import IN_PARTS, layout
+from transmla.recipe.launch_file import IN_PARTS, layout
 from transmla.recipe.schema import Recipe
 from transmla.recipe.stages import Distill, TrainerStage
 

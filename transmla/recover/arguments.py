@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from transmla.launch import layout
 from transmla.recipe.budget import steps_of
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import AnyStage
 
 # What a recipe need not say.

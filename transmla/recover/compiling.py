@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.hardware import has_compiler
-from transmla.launch import layout
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import Distill, Layerwise, Sft
 
 FEW = 1_000_000  # tokens of a stage that is over before a compiler would have paid

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from transmla.errors import RecipeError
-from transmla.launch import load_whole
+from transmla.recipe.launch_file import load_whole
 from transmla.recover.checkpoints import step_of
 
 REMEDY = "lower trainer.learning_rate or trainer.max_grad_norm"

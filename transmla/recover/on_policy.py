@@ -17,14 +17,14 @@ from transmla.data.conversations import Turn, tools_of, unpack
 from transmla.data.documents import adds_end
 from transmla.data.rendering import Template
 from transmla.errors import RecipeError
-from transmla.launch import layout, load_whole
 from transmla.modeling.student import share_trunk, train_only
+from transmla.recipe.launch_file import layout, load_whole
 from transmla.recipe.stages import OnPolicy
 from transmla.recover.arguments import DEFAULTS, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.configuration import unchanged_configuration
 from transmla.recover.last_step import REMEDY, require_finite, train_to_the_end
-from transmla.recover.shards import kept_whole
+from transmla.recover.sharded_model import kept_whole
 
 
 class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transmla.errors import RecipeError
-from transmla.launch import layout
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import AnyStage
 
 ACCUMULATION = "gradient_accumulation_steps"

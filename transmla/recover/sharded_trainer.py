@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from transmla.launch import IN_PARTS, Layout, layout, without_fsdp
-from transmla.recover.shards import collect, mesh_of, shard
+from transmla.recipe.launch_file import IN_PARTS, Layout, layout, without_fsdp
+from transmla.recover.sharded_model import collect, mesh_of, shard
 from transmla.recover.zero import keep_head, partition
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class ShardedTraining(Trainer):
     """Mixin before a `transformers.Trainer`: accelerate puts its autocast around a sharded model, and no wrapper.
 
     accelerate's own FSDP2 shards what `forward` calls, and takes a loss for a part of `forward`. The losses here call
-    attentions one by one and read a head that is never called, so units are chosen here (transmla.recover.shards).
+    attentions one by one and read a head that is never called, so units are chosen here (transmla.recover.sharded_model).
     """
 
     layout: Layout = "whole"

@@ -17,9 +17,9 @@ from trl import SFTConfig
 from transmla.data.rows import are_whole, carry_rows, config_of_rows, token_rows, whole_rows
 from transmla.errors import RecipeError
 from transmla.families import FAMILIES
-from transmla.launch import layout, load_whole
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
+from transmla.recipe.launch_file import layout, load_whole
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.arguments import DEFAULTS, common_arguments

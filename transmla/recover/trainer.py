@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
-from transmla.recover.shards import gathered
+from transmla.recover.sharded_model import gathered
 
 
 @dataclass

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
-from transmla.launch import open_processes
 from transmla.plan.checks import Prepared
+from transmla.recipe.launch_file import open_processes
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
 from transmla.sources.drawn_parts import drawn_model

@@ -14,8 +14,8 @@ from transmla.data.rows import ROW, carry_rows
 from transmla.errors import RecipeError
 from transmla.files import remove, save_whole
 from transmla.hardware import peak_memory, reset_peak_memory
-from transmla.launch import IN_PARTS, layout
 from transmla.plan.memory import step_memory
+from transmla.recipe.launch_file import IN_PARTS, layout
 from transmla.recipe.stages import AnyStage, is_recorded, other_teacher
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.configuration import unchanged_configuration

@@ -17,7 +17,7 @@ Layout = Literal["whole", "fsdp2", "zero2", "zero3"]
 
 IN_PARTS = ("fsdp2", "zero3")  # no process has all weights
 
-# What accelerate and transformers would act on themselves; shards are made here (transmla.recover.shards).
+# What accelerate and transformers would act on themselves; shards are made here (transmla.recover.sharded_model).
 FSDP = "ACCELERATE_USE_FSDP"
 
 

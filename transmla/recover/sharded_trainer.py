@@ -25,7 +25,7 @@ class ShardedTraining(Trainer):
     """Mixin before a `transformers.Trainer`: accelerate puts its autocast around a sharded model, and no wrapper.
 
     accelerate's own FSDP2 shards what `forward` calls, and takes a loss for a part of `forward`. The losses here call
-    attentions one by one and read a head that is never called, so units are chosen here (transmla.recover.sharded_model).
+    attentions one by one and read a head that is never called, so units are chosen in transmla.recover.sharded_model.
     """
 
     layout: Layout = "whole"

@@ -20,7 +20,7 @@ from transmla.plan.determinism_checks import check_determinism
 from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.export_checks import check_export
-from transmla.plan.launched import check_launch
+from transmla.plan.launch_checks import check_launch, check_launch_file
 from transmla.plan.memory import Sizes, count_parameters
 from transmla.plan.model_facts import check_facts_of_recipe
 from transmla.plan.output_folder import check_output_folder, output_folder
@@ -58,13 +58,14 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     Raises:
         RecipeError: the first thing that would fail later.
     """
-    check_launch()
+    check_launch_file()
     device = resolve_device(recipe.device)
     if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
         raise RecipeError(
             "device", "several GPUs are visible to one process; use accelerate launch, or set CUDA_VISIBLE_DEVICES=0"
         )
     dtype = resolve_dtype(recipe.dtype, device)
+    check_launch(recipe, device, str(dtype).removeprefix("torch."))
     check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
     sizes = count_parameters(found.config, found.student)

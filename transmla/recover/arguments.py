@@ -10,6 +10,7 @@ import torch
 
 from transmla.modeling.determinism import is_deterministic
 from transmla.recipe.budget import steps_of
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import AnyStage
 
 # What a recipe need not say.
@@ -32,6 +33,7 @@ def common_arguments(
     """What follows from the run, and is no key of a recipe (but for copies, which one may set otherwise)."""
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # a launcher's setting would override the recipe's dtype
     gpu = device != "cpu"  # a copy from memory that is not pinned waits for the device
+    by_zero = layout().startswith("zero")  # DeepSpeed finds its device itself, which accelerate calls no CPU
     settings: dict[str, Any] = {"dataloader_pin_memory": gpu, "accelerator_config": {"non_blocking": gpu}}
     if is_deterministic():
         # Else DDP groups the gradients anew after its first step, and a resumed run adds those of that step otherwise.
@@ -42,5 +44,6 @@ def common_arguments(
         "seed": seed,
         "data_seed": seed,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu": device == "cpu",
+        "use_cpu": not gpu and not by_zero,
+        "ddp_backend": "gloo" if by_zero and not gpu else None,
     }

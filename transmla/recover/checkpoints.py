@@ -9,18 +9,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from transmla.errors import RecipeError
 from transmla.files import PARTIAL, damage, fsync, fsync_tree, listed_files, remove, save_manifest
 from transmla.recover.background import Background
+from transmla.recover.shard_files import FOLDER, load_optimizer, load_weights, save_shards
+from transmla.recover.sharded_trainer import ShardedTraining
 from transmla.recover.snapshot import (
     HostMemory,
     join_optimizer,
@@ -30,27 +33,22 @@ from transmla.recover.snapshot import (
     trained_weights,
 )
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-else:
-    Trainer = object  # a mixin, which has no trainer of its own
-
 WEIGHTS = "trained.safetensors"
 MOMENTS = "optimizer.safetensors"
 GROUPS = "optimizer_groups.pt"  # of the optimizer, what is no tensor
 
-# What a stage goes on from, by the beginnings of file names. The later ones are DeepSpeed's and FSDP's; checkpoints of
+# What a stage goes on from, by the beginnings of file names. `global_step` is DeepSpeed's; checkpoints of
 # earlier versions had `model.safetensors` and `optimizer.pt`.
 PARTS = {
-    "the trained weights": (WEIGHTS, "global_step", "pytorch_model_fsdp"),
-    "the optimizer": (MOMENTS, "global_step", "optimizer.bin", "optimizer_0"),
+    "the trained weights": (WEIGHTS, FOLDER, "global_step"),
+    "the optimizer": (MOMENTS, FOLDER, "global_step"),
     "the scheduler": ("scheduler", "global_step"),
     "the random numbers": ("rng_state",),
     "the trainer's state": ("trainer_state.json",),
 }
 
 
-class AtomicCheckpoints(Trainer):
+class AtomicCheckpoints(ShardedTraining):
     """Mixin before a `transformers.Trainer`: checkpoints of what is trained, which hardly stop the training.
 
     transformers writes `checkpoint-N` file by file, frozen weights too, and a run that was killed meanwhile resumes
@@ -61,7 +59,8 @@ class AtomicCheckpoints(Trainer):
 
     The thread is waited for before the next snapshot and when training ends, in whichever way; its error ends
     training. On several processes the first copies and writes, and every one adds its random numbers before that.
-    Trainers that DeepSpeed or FSDP has wrapped write all themselves, and training waits.
+    Of a sharded model every process writes what it keeps, and training waits (transmla.recover.shard_files; DeepSpeed
+    writes its own).
     """
 
     _saving = False
@@ -95,9 +94,9 @@ class AtomicCheckpoints(Trainer):
         return super().training_step(*args, **kwargs)
 
     @property
-    def _by_wrapper(self) -> bool:
-        """Whether weights and optimizer are in pieces that only DeepSpeed or FSDP knows."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+    def _in_pieces(self) -> bool:
+        """Whether no process has all weights and moments, and all of them write."""
+        return self.sharded or self.is_deepspeed_enabled
 
     @contextmanager
     def _stalled(self) -> Iterator[None]:
@@ -122,6 +121,8 @@ class AtomicCheckpoints(Trainer):
         return os.path.join(folder, PARTIAL) if self._saving else folder
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        if self.is_deepspeed_enabled and self.state.global_step >= self.state.max_steps:
+            return  # nothing but a training that goes on reads its files
         with self._stalled():
             self._wait()
             with writing(self.args.output_dir):
@@ -147,57 +148,75 @@ class AtomicCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()  # every process's random numbers are there
         limit = self.args.save_total_limit
         if self.is_world_process_zero():
-            if self._by_wrapper:
+            if self._in_pieces:
                 publish(partial, final, files, limit)
             else:
                 self._writer.start(lambda: publish(partial, final, files, limit))
-        if self._by_wrapper:
+        if self._in_pieces:
             self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' own; into a checkpoint, the trained weights alone."""
-        if not self._saving or self._by_wrapper:
+        if not self._saving:
             super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
+        elif self.args.should_save and not self._in_pieces:
             assert self.model is not None and output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             self._pending[WEIGHTS] = trained_weights(self.model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._by_wrapper:
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.model is not None and self.optimizer is not None and self.lr_scheduler is not None
+        small: dict[str, Any] = {}
+        if self.sharded:
+            save_shards(Path(output_dir), self.model, _unwrapped(self.optimizer))
         elif self.args.should_save:
-            assert self.optimizer is not None and self.lr_scheduler is not None
-            self._pending[MOMENTS], groups = split_optimizer(self.optimizer.state_dict())
+            self._pending[MOMENTS], small[GROUPS] = split_optimizer(self.optimizer.state_dict())
+        if self.args.should_save:
             with warnings.catch_warnings(action="ignore"):  # PyTorch reminds of the optimizer, which is here too
-                schedule = self.lr_scheduler.state_dict()
-            for name, content in ((GROUPS, groups), (SCHEDULER_NAME, schedule)):
+                small[SCHEDULER_NAME] = self.lr_scheduler.state_dict()
+            for name, content in small.items():
                 packed = io.BytesIO()  # torch.save to a file turns a full disk into an error without a reason
                 torch.save(content, packed)
                 (Path(output_dir) / name).write_bytes(packed.getbuffer())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._by_wrapper:
+        if self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         assert self.model is not None
+        folder = Path(resume_from_checkpoint)
         try:
-            read_weights(Path(resume_from_checkpoint) / WEIGHTS, self.model)
+            if self.sharded:
+                load_weights(folder, self.model)
+            else:
+                read_weights(folder / WEIGHTS, self.model)
         except (OSError, ValueError, SafetensorError) as error:
             raise RecipeError(
                 "output_dir", f"{resume_from_checkpoint} is not of what this stage trains: {error}; remove it"
             ) from None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._by_wrapper:
+        if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.optimizer is not None and self.lr_scheduler is not None
         folder = Path(checkpoint)
-        groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(join_optimizer(read_optimizer(folder / MOMENTS, self.args.device), groups))
+        if self.sharded:
+            assert self.model is not None
+            load_optimizer(folder, self.model, _unwrapped(self.optimizer))
+        else:
+            groups = torch.load(folder / GROUPS, map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(join_optimizer(read_optimizer(folder / MOMENTS, self.args.device), groups))
         with warnings.catch_warnings(action="ignore"):
             self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """torch's own, from inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 @contextmanager

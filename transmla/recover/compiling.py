@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.hardware import has_compiler
+from transmla.recipe.launch_file import layout
 from transmla.recipe.stages import Distill, Layerwise, Sft
 
 FEW = 1_000_000  # tokens of a stage that is over before a compiler would have paid
@@ -26,6 +27,8 @@ def why_not(
         return "off a GPU it takes longer than it saves"
     if stage.tokens < FEW:
         return f"it takes longer than {stage.tokens:,} tokens without"
+    if layout() == "zero3":
+        return "weights are gathered inside the layers"
     if stage.train == "lora":
         return "adapters are wrapped around the layers"
     if stage.kind == "layerwise" and stage.logits:

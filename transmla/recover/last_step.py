@@ -15,6 +15,7 @@ from transmla.process.machine_faults import is_memory
 from transmla.process.siblings import watch_others
 from transmla.process.stopping import ask, request
 from transmla.process.watch import end_after_step, training
+from transmla.recipe.launch_file import load_whole
 from transmla.recover.checkpoints import step_of
 
 REMEDY = "lower trainer.learning_rate or trainer.max_grad_norm"
@@ -130,6 +131,8 @@ def _train(trainer: Trainer, checkpoint: Path | None, key: str) -> None:
             f"out of memory after step {trainer.state.global_step}: {why}; lower it or max_length, or set "
             "gradient_checkpointing; where another program took the memory, the same command goes on",
         ) from error
+    finally:
+        load_whole()
 
 
 def require_finite(student: nn.Module, key: str) -> None:

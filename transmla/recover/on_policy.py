@@ -18,11 +18,13 @@ from transmla.data.documents import adds_end
 from transmla.data.rendering import Template
 from transmla.errors import RecipeError
 from transmla.modeling.student import share_trunk, train_only
+from transmla.recipe.launch_file import layout, load_whole
 from transmla.recipe.stages import OnPolicy
 from transmla.recover.arguments import DEFAULTS, OWN, common_arguments
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.configuration import unchanged_configuration
-from transmla.recover.last_step import require_finite, train_to_the_end
+from transmla.recover.last_step import REMEDY, require_finite, train_to_the_end
+from transmla.recover.sharded_model import kept_whole
 
 
 class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
@@ -33,6 +35,13 @@ class OnPolicyTrainer(AtomicCheckpoints, DistillationTrainer):
 
     def _tokenize_prompts(self, prompts: list[list[int]]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return prompts, None, {}
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.sharded:
+            return super()._generate_single_turn(*args, **kwargs)
+        assert self.model is not None
+        with kept_whole(self.model):  # processes stop at lengths of their own: none gathers for another
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _get_last_hidden_state(self, unwrapped_model: nn.Module, *args: object, **kwargs: object) -> Tensor:
         # trl calls the trunk itself, past the forward that accelerate has put into autocast: trained weights are
@@ -52,13 +61,15 @@ def on_policy_config(
     kind: type[DistillationConfig] = DistillationConfig,
 ) -> DistillationConfig:
     """trl's own configuration object for a stage. kind: its class, or one derived from it."""
-    return kind(
+    config = kind(
         max_completion_length=stage.max_new_tokens,
         temperature=stage.temperature,
         beta=stage.beta,
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
         **(DEFAULTS | {"shuffle_dataset": False} | stage.trainer | OWN),  # the prompts come in the order of training
     )
+    load_whole()
+    return config
 
 
 def prompt_ids(stage: OnPolicy, data: Dataset, tokenizer: PreTrainedTokenizerBase, key: str) -> list[list[int]]:
@@ -159,21 +170,26 @@ def build_on_policy(
     Raises:
         RecipeError: no prompt can be made of the data.
     """
-    if stage.train == "attention":
+    way = layout()
+    if stage.train == "attention" and way in ("whole", "zero2"):
         share_trunk(student, teacher)
     train_only(student, stage.train)
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if way == "whole":
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     prompts = prompt_ids(stage, data, tokenizer, key)
-    return OnPolicyTrainer(
+    trainer = OnPolicyTrainer(
         student,
         teacher.eval().requires_grad_(False),
         config,
         train_dataset=prompt_order(prompts, config.max_steps * batch * config.world_size, config.seed),
         processing_class=copy.deepcopy(tokenizer),  # trl sets a padding token where there is none
     )
+    # Under ZeRO-3 trl has put the teacher in shards.
+    trainer.into_shards(student, teacher if way == "fsdp2" else None, attentions=False)
+    return trainer
 
 
 def run_on_policy(
@@ -197,11 +213,13 @@ def run_on_policy(
     for model in (student, trainer.accelerator.unwrap_model(trainer.teacher_model)):
         vars(model).pop("forward", None)  # accelerate's and trl's replacements; back to the class's own
         vars(model).pop("_original_forward", None)
+    trainer.leave_shards(dtype, key=key, remedy=REMEDY)
     for parameter in student.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    require_finite(student, key)
+    if not trainer.in_parts:
+        require_finite(student, key)
     state, start = trainer.state, None if checkpoint is None else str(checkpoint)
     found = {"tokens": state.num_input_tokens_seen, "log": state.log_history, "resumed_from": start}
     return found | {"checkpoints": trainer.stalls}

@@ -20,13 +20,14 @@ from transmla.families import FAMILIES
 from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.kernels.packed import PACKED, kernels_there, needs_mask
 from transmla.modeling.student import share_trunk, train_only
+from transmla.recipe.launch_file import layout, load_whole
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 from transmla.recover.adapters import lora_config, merge_adapters
 from transmla.recover.arguments import DEFAULTS, OWN, common_arguments
 from transmla.recover.compiling import compile_layers, plain_layers, why_not
 from transmla.recover.distill import DistillTrainer, SFTStageTrainer
 from transmla.recover.divergence import Divergence
-from transmla.recover.last_step import require_finite, train_to_the_end
+from transmla.recover.last_step import REMEDY, require_finite, train_to_the_end
 from transmla.recover.layerwise import LayerwiseTrainer
 from transmla.recover.losses import Mixture
 from transmla.recover.teachers.kept import TeacherStates
@@ -65,10 +66,12 @@ def trainer_config(
     kind: type[SFTConfig] = SFTConfig,
 ) -> SFTConfig:
     """trl's own configuration object for a stage. kind: its class, or one derived from it."""
-    return kind(
+    config = kind(
         **common_arguments(stage, folder, seed=seed, device=device, dtype=dtype, processes=processes),
         **(DEFAULTS | PACKING | stage.trainer | OWN),
     )
+    load_whole()
+    return config
 
 
 @contextmanager
@@ -111,12 +114,14 @@ def build_trainer(
     Raises:
         RecipeError: a teacher is to be kept that the device has no room for, or text that fills no row.
     """
-    if stage.train != "all" and teacher is not None:
-        share_trunk(student, teacher)
+    way = layout()
+    if stage.train != "all" and teacher is not None and way in ("whole", "zero2"):
+        share_trunk(student, teacher)  # pieces of two models have no common storage
     train_only(student, stage.train)
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    if way == "whole":  # FSDP2 makes them piece by piece, DeepSpeed has its own
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
     mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
@@ -168,6 +173,7 @@ def build_trainer(
     # DeepSpeed's gradients go through its own buckets, which a pass of ours would leave filled.
     trainer.rehearses = is_deterministic() and compiles and not trainer.is_deepspeed_enabled
     trainer.add_callback(_Progress(trainer))
+    trainer.into_shards(student, teacher, attentions=stage.kind == "layerwise")
     return trainer
 
 
@@ -249,13 +255,16 @@ def run_stage(
     # Accelerate would take a student that goes on to another stage for prepared, and leave its autocast out.
     for mark in ("_is_accelerate_prepared", "_original_forward"):
         vars(student).pop(mark, None)
+    wide = dtype if trainer.peft_config is None else torch.promote_types(dtype, torch.float32)  # of merged adapters
+    trainer.leave_shards(wide, key=key, remedy=REMEDY)
     if trainer.peft_config is not None:
         merge_adapters(trainer.accelerator.unwrap_model(trainer.model))
     for parameter in student.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
     student.eval()
-    require_finite(student, key)
+    if not trainer.in_parts:
+        require_finite(student, key)
     log = trainer.state.log_history
     tokens = trainer._total_train_tokens or _seen_tokens(log)  # none, where a checkpoint of the last step was there
     resumed = None if checkpoint is None else str(checkpoint)

@@ -22,6 +22,7 @@ from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
 from transmla.recover.rehearsal import rehearse
+from transmla.recover.sharded_model import gathered
 
 
 @dataclass
@@ -74,7 +75,11 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
         self.compiled = "layers not compiled"
         self.rehearses = False  # whether what is compiled is compiled before the first step, on the same batch always
-        install_objective(model, self.objective)
+        install_objective(model, self._gathered_objective)
+
+    def _gathered_objective(self, student: PreTrainedModel, inputs: dict[str, Tensor]) -> Objective:
+        """`objective`, where both heads can be read: inside the student's forward, and as it were the teacher's."""
+        return gathered(self.teacher, lambda: self.objective(student, inputs))
 
     @property
     def means(self) -> str:
@@ -85,7 +90,10 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
         """transformers' optimizer, its groups split where weights have rates of their own."""
+        there = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if there:  # with DeepSpeed transformers asks twice
+            return optimizer
         names = {id(value): name for name, value in self.student.named_parameters()}
         groups = []
         for group in optimizer.param_groups:

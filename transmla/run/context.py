@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from transmla.hardware import use_cores
 from transmla.modeling.determinism import use_deterministic
 from transmla.plan.checks import Prepared
 from transmla.process.siblings import address, watch_others
+from transmla.recipe.launch_file import open_processes
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
 from transmla.sources.drawn_parts import drawn_model
@@ -42,7 +42,7 @@ class Run:
     def __init__(self, prepared: Prepared) -> None:
         use_deterministic(prepared.recipe.deterministic)  # before the processes find one another
         # A process may wait for the first one's calibration or evaluation: longer than the default timeouts.
-        self.state = PartialState(cpu=prepared.device == "cpu", timeout=timedelta(hours=24))
+        self.state = open_processes(prepared.device, timedelta(hours=24))
         if self.state.num_processes > 1:
             watch_others(gather_object([address()]))
         chosen = [prepared.streaming, prepared.evaluation]  # by free memory, which processes may find to differ

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import gc
 import time
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from transmla.data.rows import ROW, carry_rows
+from transmla.errors import RecipeError
 from transmla.files import remove, save_whole
 from transmla.hardware import peak_memory, reset_peak_memory
 from transmla.plan.memory import step_memory
+from transmla.recipe.launch_file import IN_PARTS, layout
 from transmla.recipe.stages import AnyStage, is_recorded, other_teacher
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.configuration import unchanged_configuration
 from transmla.recover.distill import DistillTrainer
 from transmla.recover.losses import Kept
 from transmla.recover.on_policy import train_on_policy
+from transmla.recover.origin import Origin
 from transmla.recover.stage import build_trainer, run_stage, tensorboard_folder, trainer_config
 from transmla.recover.teachers.shards import RecordedTeacher
 from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
@@ -47,7 +51,7 @@ def recover(run: Run) -> None:
 
 def _recover_stage(run: Run, index: int, label: str) -> None:
     digest, before = run.digests.stage(index), run.paths.stage(index - 1)
-    checkpoint = _open_checkpoints(run, index, label)
+    origin = _open_checkpoints(run, index, label)
     run.say(f"[{label}] ...")
     started = time.monotonic()
     reset_peak_memory(run.prepared.device)
@@ -55,7 +59,9 @@ def _recover_stage(run: Run, index: int, label: str) -> None:
     student = load_model(before, run.dtype, run.device)
     scales = output_scales(before)
     with tensorboard_folder(run.paths.logs):
-        result = _train(run, index, label, student, scales, checkpoint)
+        result = _train(run, index, label, student, scales, origin)
+    if layout() in IN_PARTS:
+        run.release_teacher()  # it is in shards
     if run.state.is_main_process:
         metadata = {"name": label, "fingerprint": digest, "versions": versions(), **result}
         metadata["processes"] = run.state.num_processes
@@ -71,28 +77,47 @@ def _recover_stage(run: Run, index: int, label: str) -> None:
     gc.collect()
 
 
-def _open_checkpoints(run: Run, index: int, label: str) -> Path | None:
-    """The checkpoint that a stage goes on from, if any. Those of other settings or of another number of processes are
-    removed."""
-    folder = run.paths.checkpoints(index)
-    marker, wanted = folder / "fingerprint", f"{run.digests.stage(index)} {run.state.num_processes}"
+def _open_checkpoints(run: Run, index: int, label: str) -> Origin:
+    """What a stage goes on from. Checkpoints of other settings, or of another number of processes that replicate, are
+    removed.
 
-    def look() -> Path | None:
-        if folder.exists() and (not marker.is_file() or marker.read_bytes() != wanted.encode()):
+    Raises:
+        RecipeError: they are of another launch file, or of a number of processes that these cannot go on from.
+    """
+    folder = run.paths.checkpoints(index)
+    marker, digest, present = folder / "fingerprint", run.digests.stage(index), run.state.num_processes
+
+    def look() -> Origin:
+        written = marker.read_text(errors="replace").split() if marker.is_file() else []
+        before, count, way = written if len(written) == 3 else ("", "0", "")
+        known = before == digest and count.isdecimal()
+        if folder.exists() and known and any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) and way != layout():
+            raise RecipeError(
+                "launch",
+                f"{folder} has checkpoints of {count} processes in the layout {way}, this is {layout()}; start as "
+                "before, or delete that folder to train the stage anew",
+            )
+        if folder.exists() and not (known and (int(count) == present or layout() != "whole")):
             run.say(f"[{label}] {folder} is of other settings, or of another number of processes; it is removed")
             remove(folder)
+            known = False
         folder.mkdir(parents=True, exist_ok=True)
-        save_whole(marker, wanted)
-        return last_checkpoint(folder, lambda text: run.say(f"[{label}] {text}"))
+        origin = Origin(None, int(count) if known else present)
+        if origin.processes != present:
+            origin.accumulation(run.recipe.recover[index], present, folder, f"recover.{index}")
+        save_whole(marker, f"{digest} {origin.processes} {layout()}")
+        found = last_checkpoint(folder, lambda text: run.say(f"[{label}] {text}"))
+        return replace(origin, checkpoint=found)
 
     return agreed(run, look)
 
 
 def _train(
-    run: Run, index: int, label: str, student: PreTrainedModel, scales: list[float], checkpoint: Path | None
+    run: Run, index: int, label: str, student: PreTrainedModel, scales: list[float], origin: Origin
 ) -> dict[str, Any]:
     """Train a student in place; what its metadata keeps: tokens, log, the checkpoint that it went on from."""
     stage, data, folder = run.recipe.recover[index], training_data(run, index), run.paths.checkpoints(index)
+    stage, checkpoint = origin.same_batches(stage, run.state.num_processes), origin.checkpoint
     settings: dict[str, Any] = {
         "seed": run.recipe.seed,
         "device": run.prepared.device,

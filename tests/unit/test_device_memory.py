@@ -103,7 +103,7 @@ def test_other_optimizers_keep_less() -> None:
     [
         ({}, Launch()),
         ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, Launch("whole", 8, 4)),
-        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Launch("fsdp2", 2)),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, Launch("fsdp2", 2)),
         ({"ACCELERATE_USE_FSDP": "false"}, Launch()),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, Launch("zero2")),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Launch("zero3")),
@@ -114,7 +114,7 @@ def test_other_optimizers_keep_less() -> None:
     ],
 )
 def test_the_launch_is_accelerates(variables, expected: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"):
+    for name in (*NAMES, "FSDP_VERSION", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

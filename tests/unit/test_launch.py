@@ -82,7 +82,8 @@ def test_a_missing_deepspeed_is_named(monkeypatch, tmp_path) -> None:
 
 @pytest.mark.parametrize("env", [FSDP2, ZERO2], ids=["fsdp2", "zero2"])
 def test_recipes_without_such_wishes_pass(env, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr("transmla.plan.launch_checks.find_spec", lambda name: True)
+    if env is ZERO2:
+        pytest.importorskip("deepspeed")
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     override = f"+recover.1.trainer.optim={ELEMENTWISE[1]}"

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transmla.recipe.launch_file import IN_PARTS, Layout, layout, without_fsdp
 from transmla.recover.sharded_model import collect, mesh_of, shard
-from transmla.recover.zero import keep_head, partition
+from transmla.recover.zero import fetch_layers_ahead, keep_head, partition
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -53,6 +53,7 @@ class ShardedTraining(Trainer):
             if teacher is not None:
                 shard(teacher, teacher, mesh, attentions=False, products=None)
         elif self.layout == "zero3":
+            fetch_layers_ahead(student, self.accelerator)
             keep_head(student)
             if teacher is not None:
                 partition(teacher, self.accelerator)

@@ -8,6 +8,22 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
 
+LAYERS_LIVE = 3  # the one that is computed, the next, and one that is being freed
+
+
+def fetch_layers_ahead(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Have the next decoder layer gathered while one is computed, unless the launch file's own numbers say otherwise.
+
+    DeepSpeed stops to gather ahead where 1e9 weights are whole, and a large vocabulary's head and embedding, which are
+    whole all along, are more.
+    """
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    layers = model.model.layers
+    layer = max(sum(value.numel() for value in one.parameters()) for one in layers)
+    outside = sum(value.numel() for value in model.parameters()) - sum(value.numel() for value in layers.parameters())
+    settings.setdefault("stage3_prefetch_bucket_size", layer)
+    settings.setdefault("stage3_max_live_parameters", max(10**9, outside + LAYERS_LIVE * layer))
+
 
 def keep_head(model: PreTrainedModel) -> None:
     """Have a model's head gathered with its own forward and backward pass: losses read it, and nobody calls it."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from transmla.recipe.launch_file import IN_PARTS, Layout, layout, without_fsdp
 from transmla.recover.sharded_model import collect, mesh_of, shard
-from transmla.recover.zero import fetch_layers_ahead, keep_head, partition
+from transmla.recover.zero import fetch_layers_ahead, gather_by_layer, keep_head, partition
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -54,6 +54,8 @@ class ShardedTraining(Trainer):
                 shard(teacher, teacher, mesh, attentions=False, products=None)
         elif self.layout == "zero3":
             fetch_layers_ahead(student, self.accelerator)
+            if not attentions:
+                gather_by_layer(student)
             keep_head(student)
             if teacher is not None:
                 partition(teacher, self.accelerator)

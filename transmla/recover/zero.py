@@ -25,6 +25,19 @@ def fetch_layers_ahead(model: PreTrainedModel, accelerator: Accelerator) -> None
     settings.setdefault("stage3_max_live_parameters", max(10**9, outside + LAYERS_LIVE * layer))
 
 
+def gather_by_layer(model: PreTrainedModel) -> None:
+    """Have a decoder layer gathered as one, where it may be: DeepSpeed looks up the weights of every module otherwise,
+    which takes longer than the products of a layer.
+
+    It may be where nothing is trained, and where the embedding is: of a layer whose input asks for no gradient DeepSpeed
+    would send the gradients before they are there, which are zeros.
+    """
+    trained = any(value.requires_grad for value in model.parameters())
+    if not trained or model.get_input_embeddings().weight.requires_grad:
+        for layer in model.model.layers:
+            layer._z3_leaf = True  # what `deepspeed.utils.set_z3_leaf_modules` sets, by class
+
+
 def keep_head(model: PreTrainedModel) -> None:
     """Have a model's head gathered with its own forward and backward pass: losses read it, and nobody calls it."""
     import deepspeed
@@ -37,6 +50,7 @@ def partition(teacher: PreTrainedModel, accelerator: Accelerator) -> None:
 
     What the model itself is called with is then a function, which runs while its head is whole.
     """
+    gather_by_layer(teacher)
     teacher.forward = types.MethodType(lambda self, call: call(), teacher)
     keep_head(teacher)
     prepare_deepspeed(teacher, accelerator)

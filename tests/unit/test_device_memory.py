@@ -18,7 +18,12 @@ from transmla.recipe.compose import load_recipe
 from transmla.recipe.stages import AnyStage, Distill, Layerwise, Sft
 
 CONFIG = LlamaConfig(
-    hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, vocab_size=152064, tie_word_embeddings=False
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    vocab_size=152064,
+    tie_word_embeddings=False,
 )
 SIZES = Sizes(
     source=7_615_616_512,
@@ -37,6 +42,47 @@ def stage(kind: type = Distill, **fields) -> AnyStage:
 
 def parts(one: AnyStage, layout: str = "whole", processes: int = 1, **fields) -> dict[str, int]:
     return memory_by_part(one, SIZES, CONFIG, torch.bfloat16, layout=layout, processes=processes, **fields)
+
+
+SMALL_CONFIG = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+SMALL_SIZES = Sizes(source=134_515_008, student=138_385_728, attention=30_412_800, adapters={"attention": 107_520})
+
+
+# Largest allocation of a process in ten (or six) steps on H200, PyTorch 2.11, nothing compiled: docs/experiments.md.
+@pytest.mark.parametrize(
+    "large, kind, train, layout, processes, gib",
+    [
+        (True, Distill, "attention", "whole", 1, 53.45),
+        (True, Distill, "attention", "whole", 4, 57.41),
+        (True, Distill, "all", "fsdp2", 4, 73.41),
+        (True, Distill, "all", "zero3", 4, 67.04),
+        (False, Distill, "all", "whole", 1, 5.34),
+        (False, Distill, "attention", "whole", 1, 2.72),
+        (False, Sft, "all", "whole", 1, 5.18),
+        (False, Layerwise, "attention", "whole", 1, 1.52),
+        (False, Distill, "all", "whole", 2, 5.86),
+        (False, Distill, "attention", "fsdp2", 2, 2.55),
+        (False, Distill, "all", "fsdp2", 2, 4.10),
+        (False, Layerwise, "attention", "fsdp2", 2, 1.30),
+        (False, Layerwise, "attention", "zero2", 2, 2.17),
+        (False, Distill, "all", "zero2", 2, 5.58),
+        (False, Layerwise, "attention", "zero3", 2, 2.41),
+    ],
+)
+def test_estimates_are_what_was_measured(large, kind, train, layout, processes, gib) -> None:
+    length, rows = (4096, 1) if large else (1024, 2)
+    trainer = {"max_length": length, "per_device_train_batch_size": rows}
+    one = stage(kind, train=train, compile=False, trainer=trainer)
+    sizes, config = (SIZES, CONFIG) if large else (SMALL_SIZES, SMALL_CONFIG)
+    estimate = memory_by_part(one, sizes, config, torch.bfloat16, layout=layout, processes=processes)
+    assert sum(estimate.values()) / GIB == pytest.approx(gib, rel=0.1)
 
 
 def test_one_device_holds_everything_once() -> None:
@@ -114,7 +160,13 @@ def test_other_optimizers_keep_less() -> None:
     ],
 )
 def test_the_launch_is_accelerates(variables, expected: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "FSDP_VERSION", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"):
+    for name in (
+        *NAMES,
+        "FSDP_VERSION",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

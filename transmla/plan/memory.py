@@ -93,13 +93,11 @@ def memory_by_part(
     moments = _moment_bytes(stage) * trained + (4 * trained if by_deepspeed else 0)
     copies = 2 if layout == "whole" and processes > 1 else 1
     outside, layer = _units(sizes, config)
-    gathered = 0
+    gathered = width * REDUCED if by_deepspeed else 0
     if in_shards:  # what stands outside the layers, of student and teacher; a layer and the one fetched next
-        wide = 4 if stage.train == "all" and not by_deepspeed else width
-        learning = 4 * (outside + layer) if stage.train == "all" else 4 * layer
-        gathered = (wide + (width if _teacher(stage, sizes) else 0)) * outside + 2 * width * layer + learning
-    elif by_deepspeed:
-        gathered = width * min(trained, REDUCED)
+        wide = width if by_deepspeed or stage.train != "all" else 4  # also of gradients before they are shared out
+        learning = wide * (outside + layer) if stage.train == "all" else 4 * layer
+        gathered += (wide + (width if _teacher(stage, sizes) else 0)) * outside + 2 * width * layer + learning
     return {
         "weights": 0 if "weights" in offloaded else weights // (share if in_shards else 1),
         "gradients": 0 if "optimizer" in offloaded else copies * 4 * trained // share,
@@ -110,7 +108,7 @@ def memory_by_part(
     }
 
 
-REDUCED = 5 * 10**8  # numbers that DeepSpeed sends at a time (reduce_bucket_size)
+REDUCED = 5 * 10**8  # numbers that DeepSpeed sends at a time (reduce_bucket_size), in a buffer that is always there
 
 # Bytes that an optimizer keeps of a trained weight; AdamW's are 8.
 MOMENTS = {"8bit": 2, "4bit": 1, "adafactor": 0, "lion": 4, "sgd": 0, "rmsprop": 4, "adagrad": 4}
@@ -150,13 +148,16 @@ def step_memory(stage: AnyStage, sizes: Sizes, config: PretrainedConfig, dtype: 
 def _activations(stage: AnyStage, config: PretrainedConfig, width: int) -> int:
     tokens = micro_batch(stage)
     checkpointing = stage.trainer.get("gradient_checkpointing", False)
-    # Numbers saved for the backward pass by token and layer: the attention's alone, or the whole layer's; a compiled
-    # layer saves fewer (26 GiB in all were measured with 32,768 tokens of SmolLM2-135M, where 24 make 28).
+    # Numbers saved for the backward pass by token and layer, in widths of the model: the attention's alone, the whole
+    # layer's, or both without the inputs of frozen matrices. A compiled layer saves fewer (26 GiB in all were measured
+    # with 32,768 tokens of SmolLM2-135M, where 24 make 28).
     compiled = getattr(stage, "compile", False)
     if compiled == "auto":
         compiled = torch.cuda.is_available() and stage.trainer.get("packing", True)
-    saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else 24 if compiled else 34
-    activations = tokens * config.num_hidden_layers * config.hidden_size * saved * width
+    wider = config.intermediate_size / config.hidden_size * (getattr(config, "num_experts_per_tok", None) or 1)
+    whole = 24 if compiled else 34 if stage.train == "all" else 16 + 2.4 * wider
+    saved = 12 if stage.kind == "layerwise" else 2 if checkpointing else whole
+    activations = int(tokens * config.num_hidden_layers * config.hidden_size * saved) * width
     if checkpointing:
         activations += tokens * config.hidden_size * 34 * width  # the layer that is computed again
     if stage.kind == "layerwise" and stage.logits:

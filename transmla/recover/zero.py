@@ -29,8 +29,8 @@ def gather_by_layer(model: PreTrainedModel) -> None:
     """Have a decoder layer gathered as one, where it may be: DeepSpeed looks up the weights of every module otherwise,
     which takes longer than the products of a layer.
 
-    It may be where nothing is trained, and where the embedding is: of a layer whose input asks for no gradient DeepSpeed
-    would send the gradients before they are there, which are zeros.
+    It may be where nothing is trained, and where the embedding is: of a layer whose input asks for no gradient,
+    DeepSpeed would send the gradients before they are there, which are zeros.
     """
     trained = any(value.requires_grad for value in model.parameters())
     if not trained or model.get_input_embeddings().weight.requires_grad:

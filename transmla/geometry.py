@@ -33,6 +33,7 @@ class MLAGeometry:
     freqfold: int | tuple[int, ...]
     collapse: int
     latent_norm: bool = False  # RMSNorm on the latents
+    folded_biases: bool = False  # queries, keys and values have none
 
     @property
     def theta_power(self) -> float:
@@ -159,6 +160,7 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
         freqfold=folds,
         collapse=collapse,
         latent_norm=convert.latent_norm,
+        folded_biases=convert.biases == "fold",
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from transmla.convert.bias_folding import fold_queries_and_values, fold_rotating_keys
 from transmla.convert.calibration import LayerStatistics
 from transmla.convert.low_rank import joint_key_value, joint_two_moments, low_rank, norm_cost
 from transmla.convert.rope import DecoupledRope, decouple_rope
@@ -41,6 +44,8 @@ def closed_form_weights(
     covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
     augmented = statistics.augmented()
     assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.key_norm)"
+    if geometry.folded_biases:
+        source = fold_queries_and_values(source, statistics)
     key, query = source.key, source.query
     if source.query_norm is None:
         query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)
@@ -64,6 +69,8 @@ def closed_form_weights(
     )
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
     k_nope = rope.k_nope[..., :-1]
+    if geometry.folded_biases:
+        rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, statistics))
     moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]
     value_cost = output.unflatten(0, (groups, repeat)).sum(1)
 

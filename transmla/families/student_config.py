@@ -43,7 +43,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         v_head_dim=geometry.v_head_dim,
         kv_lora_rank=geometry.kv_lora_rank,
         q_lora_rank=geometry.q_lora_rank,
-        mla_qkv_bias=bool(family.qkv_bias(source)),
+        mla_qkv_bias=bool(family.qkv_bias(source)) and not geometry.folded_biases,
         mla_output_bias=bool(family.output_bias(source)),
         mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
         mla_latent_norm=geometry.latent_norm,

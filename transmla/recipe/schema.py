@@ -59,6 +59,8 @@ class Convert(Section):
     kv_balance: Factor = 1.0  # factor on the keys' share of the latent
     refit: bool = True  # output projections by regression onto the source's attention, layer after layer
     drift: Share = 0.3  # share of the stream's drift that a refit corrects
+    # fold: queries, keys and values without a bias, for engines that have none; a linear feature of the input stands in
+    biases: Literal["keep", "fold"] = "keep"
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     streaming: bool | Literal["auto"] = "auto"  # read the source layer by layer; auto: where both models do not fit
     calibration: Calibration

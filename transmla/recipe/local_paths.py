@@ -51,7 +51,7 @@ def shortened(text: str, names: dict[str, str]) -> str:
     """A text with paths replaced. names: of `short_names`."""
     for path, name in names.items():
         if (pattern := standing_in(text, path)) is not None:
-            text = pattern.sub(lambda _, name=name: name, text)
+            text = pattern.sub(name.replace("\\", r"\\"), text)
     return text
 
 

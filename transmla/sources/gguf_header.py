@@ -95,8 +95,8 @@ class _Reader:
         for _ in range(tensors):
             self._string()
             shape = self._numbers(f"{self._numbers('I')[0]}Q")
-            kind, offset = self._numbers("IQ")
-            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            quantisation, offset = self._numbers("IQ")
+            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(quantisation)]
             end = max(end, offset + math.prod(shape) // block * width)
         return -(-self.position // alignment) * alignment + end
 

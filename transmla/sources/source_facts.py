@@ -14,6 +14,7 @@ from transmla.recipe.yaml_limits import tree_of
 from transmla.sources.kinds import kind_of
 
 CARD = "README.md"
+RANDOM = "random weights"
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt")
 # The hub's identifiers of licences that are known by how their text begins.
 TEXTS = {
@@ -65,7 +66,7 @@ def name_of(source: str) -> str:
     """A source in words that say nothing about this machine."""
     kind = kind_of(source)
     if kind == "random":
-        return "random weights"
+        return RANDOM
     if kind == "pypi":
         return source
     return hub_id(source) or PurePosixPath(source).name or source

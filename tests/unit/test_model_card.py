@@ -102,6 +102,7 @@ def test_content(recipe: Recipe) -> None:
         "[org/base](https://huggingface.co/org/base) with multi-head latent attention",
         "caches 32 values where the original caches 64: 50.0 % less.",
         "| exported | 12.500 (12.000 to 13.000) | 0.2500 (0.2000 to 0.3000) | 50.0 % |",
+        "The teacher is the original model. Exported is what these files hold.",
         "![Perplexity and KL of every model](figures/quality.png)",
         "recipe=recipe.yaml output_dir=NEW",
         "- model.source is org/base, commit c0ffee",

@@ -24,6 +24,12 @@ FIGURES = {
     "layers.png": "Error of the attention by layer",
     "loss.png": "Training loss",
 }
+NAMES = {
+    "teacher": "The teacher is the original model.",
+    "converted": "Converted is the model before training.",
+    "recovered": "Recovered is the model after training.",
+    "exported": "Exported is what these files hold.",
+}
 # The last line of a card: an edited one is not overwritten.
 MARK = re.compile(r"\n<!-- written by transmla, ([0-9a-f]{16}); an edited card is not overwritten -->\n\Z")
 
@@ -78,6 +84,8 @@ def render_card(
     lines += _geometry(report["geometry"])
     for dataset in next(iter(report["quality"].values()), {}):
         lines += quality_table(report, dataset)
+    if report["quality"]:
+        lines += [f"{' '.join(NAMES[model] for model in report['quality'])}", ""]
     lines += task_tables(report["tasks"])
     lines += written_lines({"written": {}, "solve": report.get("solve") or {}})
     lines += recovered_table(report["recovered"])
@@ -129,11 +137,12 @@ def _source(source: dict[str, Any]) -> list[str]:
     rows += [("its revision", f"`{source['revision']}`")] if "revision" in source else []
     rows += [("languages", ", ".join(source["language"]))] if "language" in source else []
     text = "This model is derived from the original, whose licence applies to it."
-    return ["## Source and licence", "", "| | |", "|---|---|", *_rows(rows), "", text, ""]
+    return ["## Source and licence", "", *_table(rows), "", text, ""]
 
 
 def _geometry(g: dict[str, Any]) -> list[str]:
     rows = [
+        ("dimension", "value"),
         ("layers", f"{g['num_hidden_layers']:,}"),
         ("hidden size", f"{g['hidden_size']:,}"),
         ("query heads", f"{g['num_attention_heads']:,}"),
@@ -144,7 +153,7 @@ def _geometry(g: dict[str, Any]) -> list[str]:
         ("`q_lora_rank`", "none" if g["q_lora_rank"] is None else f"{g['q_lora_rank']:,}"),
         ("cached values per token and layer", f"{g['cached_values_source']:,} → {g['cached_values_student']:,}"),
     ]
-    return ["## Geometry", "", "| | |", "|---|---|", *_rows(rows), ""]
+    return ["## Geometry", "", *_table(rows), ""]
 
 
 def _made(report: dict[str, Any]) -> list[str]:
@@ -196,5 +205,7 @@ def _limits(report: dict[str, Any], metadata: dict[str, Any], recipe: Recipe) ->
     return ["## Limits", "", *(f"- {row}" for row in rows), ""]
 
 
-def _rows(rows: list[tuple[str, str]]) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in rows]
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    """Two columns; the first row is the head."""
+    head, *others = (f"| {name} | {value} |" for name, value in rows)
+    return [head, "|---|---|", *others]

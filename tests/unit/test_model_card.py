@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Recipe
-from transmla.report.model_card import is_ours, render_card, save_card
+from transmla.report.model_card import is_ours, render_card, save_card, stored_geometry
 from transmla.report.serving import serving_lines
 
 QUALITY = {"perplexity": 12.5, "perplexity_interval": [12.0, 13.0], "kl": 0.25, "kl_interval": [0.2, 0.3], "top1": 0.5}
@@ -34,6 +34,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "recipe": "tiny",
         "source": "org/base",
         "geometry": GEOMETRY,
+        "stored": GEOMETRY,
         "stages": [{"name": "convert", "tokens": 2048} | stage, {"name": "recover.0 distill", "tokens": 4096} | stage],
         "quality": {"teacher": {data: TEACHER}, "exported": {data: QUALITY}},
         "tasks": {},
@@ -112,8 +113,17 @@ def test_content(recipe: Recipe) -> None:
     ):
         assert part in text, part
     assert "/machine" not in text
-    more = GEOMETRY | {"cached_values_student": 96, "saving_percent": -50.0}
-    assert "50.0 % more." in card(recipe, geometry=more)
+
+
+def test_a_padded_export_caches_what_it_has_room_for(recipe: Recipe) -> None:
+    config = {"kv_lora_rank": 88, "qk_rope_head_dim": 8, "q_lora_rank": 65, "vocab_size": 260}
+    stored = stored_geometry(GEOMETRY, config)
+    assert (stored["cached_values_student"], stored["saving_percent"]) == (96, -50.0)
+    text = card(recipe, stored=stored)
+    assert "caches 96 values where the original caches 64: 50.0 % more." in text
+    assert "| `kv_lora_rank` (latent) | 88 |" in text and "| `q_lora_rank` | 65 |" in text
+    assert "The model itself has a latent of 24 and a rope head of 8, 32 values" in text
+    assert stored_geometry(GEOMETRY, {}) == GEOMETRY and "The model itself" not in card(recipe)
 
 
 def test_engines_as_the_export_says() -> None:

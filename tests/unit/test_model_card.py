@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Recipe
+from transmla.report.figures import plot_figures
 from transmla.report.model_card import is_ours, render_card, save_card, stored_geometry
 from transmla.report.serving import serving_lines
 
@@ -165,3 +166,11 @@ def test_an_edited_card_stays(recipe: Recipe, tmp_path: Path) -> None:
     (exported / "README.md").write_text(text.replace("# other", "# mine"))
     assert not save_card(exported, report(), metadata, recipe)
     assert "# mine" in (exported / "README.md").read_text()
+
+
+def test_figures_name_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are published with the card, and no text search finds a path that is drawn."""
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, label, **_: titles.append(label))
+    plot_figures(report(training=[], layer_errors={}), tmp_path)
+    assert titles == ["held.jsonl", "held.jsonl"]

@@ -6,17 +6,18 @@ import pytest
 import torch
 from transformers import DeepseekV3Config
 
-from tests.conftest import tiny_config
+from tests.conftest import FULL, settings, tiny_config
 from transmla.errors import RecipeError
 from transmla.export.deepseek_config import deepseek_config
 from transmla.export.engines import engine_table, notes_of, own_features, readings_of, require_engines, stock_features
 from transmla.families import FAMILIES, family_of
 from transmla.families.student_config import student_config
-from transmla.geometry import derive_geometry
+from transmla.geometry import derive_geometry, rope_types
 from transmla.plan.checks import prepare
+from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.dry_run import render_plan
 from transmla.recipe.compose import load_recipe
-from transmla.recipe.names import ZOO, recipe_names
+from transmla.recipe.names import recipe_names
 from transmla.recipe.schema import ENGINES
 
 TABLE = engine_table()
@@ -61,8 +62,6 @@ def stock(rope: dict | None = None, **fields: object) -> DeepseekV3Config:
 
 
 def student(family: str, fields: dict, **section: object):
-    from tests.conftest import FULL, settings
-
     config = tiny_config(family, **fields)
     return student_config(config, derive_geometry(config, settings(**(FULL | section))), family_of(config))
 
@@ -150,7 +149,6 @@ def test_every_family_has_readings(family: str) -> None:
 BIASED = ["model.config.model_type=qwen2", "~model.config.head_dim"]
 LLAMA3 = "{rope_type: llama3, rope_theta: 1e4, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0}"
 SCALED = [f"model.config.rope_parameters={LLAMA3}"]
-NATIVE = ("vllm", "sglang", "llama.cpp")
 PLANS = {
     "plain": ([], ENGINES),
     "padded": (["export.layout=padded"], ENGINES),
@@ -216,7 +214,10 @@ def test_the_list_changes_no_file() -> None:
     assert contents[0] == contents[1] != load_recipe("debug", ["export.layout=padded"]).export.content()
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith(f"{ZOO}/")])
-def test_no_shipped_recipe_names_engines_that_refuse_it(name: str) -> None:
-    """`auto` stays the default of them all."""
-    assert load_recipe(name, []).export.engines == "auto"
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_still_plan(name: str) -> None:
+    """Whatever their sources have, the export is decided and transformers reads it."""
+    plan = check_conversion(load_recipe(name, ["device=cpu"]), torch.bfloat16, exports=True)
+    assert "transformers" in plan.export.readers
+    scaled = rope_types(plan.student) != {"default"}
+    assert ("vllm" in plan.export.readers) == (not plan.export.stock or not (plan.student.mla_qkv_bias or scaled))

@@ -121,7 +121,7 @@ def readings_of(features: Sequence[str]) -> tuple[Reading, ...]:
 
 
 def notes_of(features: Sequence[str], readings: Sequence[Reading]) -> tuple[str, ...]:
-    """What a user has to know before serving a checkpoint, one line each: who does not read it, what the others need."""
+    """What a user has to know before serving a checkpoint, a line each: who does not read it, what the others need."""
     wrong: dict[str, list[str]] = {}
     needed: dict[str, list[str]] = {}
     for reading in readings:

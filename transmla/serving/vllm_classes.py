@@ -39,7 +39,7 @@ class VllmAttention(nn.Module):
 
 
 def _to_vllm(
-    module: nn.Module,
+    module: Any,  # an MLAAttention with a VllmAttention in it
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -194,6 +194,9 @@ def test_the_ways_out_are_said() -> None:
         plan(*BIASED, "export.engines=[vllm]")
     with pytest.raises(RecipeError, match="use export.format=auto"):
         plan("export.format=student", "export.engines=[llama.cpp]")
+    with pytest.raises(RecipeError) as refused:  # llama.cpp does not read that either
+        plan(*BIASED, "export.format=student", "export.engines=[llama.cpp]")
+    assert "format" not in str(refused.value)
 
 
 @pytest.mark.parametrize("wrong", ["vlm", "[]", "[vllm,auto]", "[[vllm]]", "{vllm: true}", "3", "null"])

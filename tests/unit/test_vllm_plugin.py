@@ -135,6 +135,19 @@ def interface_calls(forward) -> int:
     return sum(call.func.id in names and any(word.arg == "scaling" for word in call.keywords) for call in calls)
 
 
+def configured(cards: int = 1, **model: object) -> SimpleNamespace:
+    """vLLM's configuration."""
+    parallel = SimpleNamespace(tensor_parallel_size=cards)
+    return SimpleNamespace(model_config=SimpleNamespace(**model), parallel_config=parallel)
+
+
+@pytest.mark.parametrize("name", ["Student", "StudentWithExperts"])
+def test_several_cards_are_refused(name: str, classes) -> None:
+    """vLLM itself only warns."""
+    with pytest.raises(ValueError, match="--tensor-parallel-size 2"):
+        getattr(classes, name)(vllm_config=configured(2))
+
+
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_served_student_equals_the_student(case: str, classes) -> None:
@@ -143,7 +156,7 @@ def test_a_served_student_equals_the_student(case: str, classes) -> None:
     expected = student.model(TOKENS[:1], use_cache=False).last_hidden_state
     config = type(student.config).from_dict(student.config.to_dict())
     shape = SimpleNamespace(total_num_attention_heads=4, total_num_kv_heads=1)
-    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_config=config, model_arch_config=shape))
+    vllm_config = configured(hf_config=config, model_arch_config=shape)
     name = vllm_plugin.CLASSES[type(student).__name__]
     served = getattr(classes, name)(vllm_config=vllm_config)
     assert shape.total_num_kv_heads == 4

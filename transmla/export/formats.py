@@ -67,7 +67,9 @@ def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype
     """
     reason = blocking_feature(student)
     if section.format == "student":
-        ways = ("use export.format=auto, which writes a stock checkpoint",) if reason is None else ()
+        stock = readings_of(_stock_features(section, student, dtype)) if reason is None else ()
+        better = bool(stock) and all(reading.reads for reading in stock if reading.engine in section.engines)
+        ways = ("use export.format=auto, which writes a stock checkpoint that they read",) if better else ()
         return _read_by(section, Format(student.model_type), own_features(student), ways)
     if reason is not None:
         if section.format == DEEPSEEK:
@@ -82,9 +84,13 @@ def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype
         export_dimensions(student, section.layout)
     except ValueError as error:
         raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
+    return _read_by(section, Format(DEEPSEEK), _stock_features(section, student, stored))
+
+
+def _stock_features(section: Export, student: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]:
+    layout = "compact" if section.format == "student" else section.layout
     linear_norm = blocking_dtype(student, torch.float16) is not None
-    features = stock_features(deepseek_config(student, section.layout, stored), linear_norm=linear_norm)
-    return _read_by(section, Format(DEEPSEEK), features)
+    return stock_features(deepseek_config(student, layout, dtype), linear_norm=linear_norm)
 
 
 def _read_by(section: Export, chosen: Format, features: Sequence[str], ways: Sequence[str] = ()) -> Format:

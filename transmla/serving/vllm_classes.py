@@ -84,7 +84,13 @@ for _family in FAMILIES.values():
 
 def _with_all_heads(vllm_config: Any) -> Any:
     """vLLM's configuration with as many key and value heads as query heads: what expanding a latent gives. The model's
-    own still says how many the source had."""
+    own still says how many the source had.
+
+    Raises:
+        ValueError: several cards are to share the heads. vLLM would warn, give each a part, and compute nonsense.
+    """
+    if (cards := vllm_config.parallel_config.tensor_parallel_size) > 1:
+        raise ValueError(f"--tensor-parallel-size {cards}: a student's own class runs on one card; leave it out, or 1")
     shape = vllm_config.model_config.model_arch_config
     shape.total_num_kv_heads = shape.total_num_attention_heads
     return vllm_config

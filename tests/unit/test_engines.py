@@ -1,5 +1,6 @@
 """Which engines read an export: the table as a whole, and what the plan says and refuses because of it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from transmla.plan.checks import prepare
 from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.dry_run import render_plan
 from transmla.recipe.compose import load_recipe
-from transmla.recipe.names import recipe_names
+from transmla.recipe.names import recipe_names, share
 from transmla.recipe.schema import ENGINES
 
 TABLE = engine_table()
@@ -85,11 +86,26 @@ def test_the_table_is_whole() -> None:
         assert set(row) - set(ENGINES) <= {"about", "note", "mend"} and set(ENGINES) <= set(row), feature
         for engine in ENGINES:
             cell = row[engine]
-            assert set(cell) - {"needs"} == {"reads", "checked", "why"} and isinstance(cell["reads"], bool)
-            assert cell["checked"].startswith(("run ", "read ")) and any(letter.isdigit() for letter in cell["checked"])
+            assert set(cell) - {"needs", "run", "read"} == {"reads", "why"} and isinstance(cell["reads"], bool)
+            versions = [cell[how] for how in ("run", "read") if how in cell]
+            assert versions and all(re.fullmatch(r"\d+(\.\d+)+", version) for version in versions)
             assert "needs" not in cell or cell["reads"], "what is not read needs nothing"
             for text in (row["about"], cell["why"], cell.get("needs", "")):
                 assert not text.endswith(".") and "\n" not in text.strip()
+
+
+def test_what_was_only_read_is_said() -> None:
+    by_engine = {reading.engine: reading for reading in readings_of(features_with("rope_llama3"))}
+    assert by_engine["sglang"].checked == "only read 0.5.23" and by_engine["vllm"].checked == "run 0.32.0"
+    by_engine = {reading.engine: reading for reading in readings_of(features_with("rope_half_split"))}
+    assert by_engine["vllm"].checked == "run 0.32.0; partly only read 0.33.0"
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = (share("recipes").parent / "docs" / "serving.md").read_text()
+    for row in TABLE["features"].values():
+        cells = ("yes" if row[engine]["reads"] else "**no**" for engine in ENGINES)
+        assert f"| {row['about']} | {' | '.join(cells)} |\n" in page
 
 
 def test_the_base_is_read_everywhere() -> None:

@@ -33,18 +33,18 @@ class Reading:
     """How one engine reads a checkpoint.
 
     reads: whether its result is right. why: for each feature that it does not read, what that is and what happens.
-    needs: what a user has to do for a right result. checked: how the table knows, without repetition.
+    needs: what a user has to do for a right result. checked: which version was run, or read in its source alone.
     """
 
     engine: str
     reads: bool
     why: tuple[str, ...]
     needs: tuple[str, ...]
-    checked: tuple[str, ...]
+    checked: str
 
     def describe(self) -> dict[str, Any]:
         """The same for a file."""
-        return {"reads": self.reads, "why": list(self.why), "needs": list(self.needs), "checked": list(self.checked)}
+        return {"reads": self.reads, "why": list(self.why), "needs": list(self.needs), "checked": self.checked}
 
 
 def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str, ...]:
@@ -114,10 +114,20 @@ def readings_of(features: Sequence[str]) -> tuple[Reading, ...]:
                     if not cell["reads"]
                 ),
                 needs=tuple(cell["needs"] for cell in cells.values() if "needs" in cell),
-                checked=tuple(dict.fromkeys(cell["checked"] for cell in cells.values())),
+                checked=_checked(list(cells.values())),
             )
         )
     return tuple(found)
+
+
+def _checked(cells: Sequence[dict[str, Any]]) -> str:
+    """How well cells are known together: `run 1.2.0`, `read 1.3.0`, or both where some features were only read."""
+    run = sorted({cell["run"] for cell in cells if "run" in cell})
+    only_read = sorted({cell["read"] for cell in cells if "run" not in cell})
+    parts = [f"run {', '.join(run)}"] if run else []
+    if only_read:
+        parts.append(f"{'partly ' if run else ''}only read {', '.join(only_read)}")
+    return "; ".join(parts)
 
 
 def notes_of(features: Sequence[str], readings: Sequence[Reading]) -> tuple[str, ...]:

@@ -106,9 +106,9 @@ def engine_table(engines: dict[str, Any]) -> list[str]:
     """Which serving engine reads the checkpoint rightly, and how that is known."""
     if not engines:
         return []
-    lines = [_head("engine", "reads it", "known from")]
+    lines = [_head("engine", "reads it", "version")]
     for engine, found in engines.items():
-        lines.append(_cells(engine, "yes" if found["reads"] else "**no**", "; ".join(found["checked"])))
+        lines.append(_cells(engine, "yes" if found["reads"] else "**no**", found["checked"]))
     return [*lines, ""]
 
 

@@ -14,7 +14,7 @@ from transmla.report.collect import collect
 from transmla.report.figures import plot_figures
 from transmla.report.generated_text import written_lines
 from transmla.report.summary import answer_lines
-from transmla.report.tables import made_with, quality_table, recovered_table, task_tables, threshold_table
+from transmla.report.tables import engine_table, made_with, quality_table, recovered_table, task_tables, threshold_table
 
 
 def render(report: dict[str, Any]) -> str:
@@ -52,6 +52,7 @@ def render(report: dict[str, Any]) -> str:
             f"`{export['path']}` ({export['format']}): a fresh process with {loader} gives the recovered "
             f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
             "",
+            *engine_table(export["engines"]),
             *(f"- Note: {note}." for note in export["notes"]),
             *([""] if export["notes"] else []),
         ]

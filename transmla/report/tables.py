@@ -102,6 +102,16 @@ def threshold_table(required: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def engine_table(engines: dict[str, Any]) -> list[str]:
+    """Which serving engine reads the checkpoint rightly, and how that is known."""
+    if not engines:
+        return []
+    lines = [_head("engine", "reads it", "version")]
+    for engine, found in engines.items():
+        lines.append(_cells(engine, "yes" if found["reads"] else "**no**", found["checked"]))
+    return [*lines, ""]
+
+
 def _head(*titles: str) -> str:
     return f"{_cells(*titles)}\n|{'---|' * len(titles)}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transmla.errors import RecipeError
 from transmla.process.command import guarded
@@ -24,15 +25,20 @@ VERBS = {
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
+    "chat": "talk to the model of a folder in the terminal",
+    "push": "upload an export with its card and a manifest to the hub; private unless told otherwise",
     "env": "print versions, devices and paths, for a bug report",
 }
 RENAMED = {"traces": "write"}  # verbs of earlier versions
 EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
+FOLDER_VERBS = ("chat", "push")  # of a folder that is there, with options in place of a recipe's keys
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
         "       transmla verify DIR",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
+        "       transmla chat DIR [--temperature T] [--max-new-tokens N] [--device D] [--dtype T]",
+        "       transmla push DIR ORG/NAME [--public] [--dry-run] [--revision NAME]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
         "exit codes:",
@@ -52,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user's mistake or what the machine lacks, printed as one line that names the recipe key and the fix. A signal
         ends the process, with 128 + N.
     """
-    return guarded(lambda: _answer(arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return guarded(lambda: _answer(words), signals=words[0] != "chat")  # in a conversation Ctrl-C ends a reply
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
-    verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help") or "-h" in words or "--help" in words:
+def _answer(arguments: Sequence[str]) -> int:
+    verb, *words = arguments
+    if verb in ("-h", "--help") or (verb not in FOLDER_VERBS and ("-h" in words or "--help" in words)):
         print(USAGE)
         return 0
     verb = RENAMED.get(verb, verb)
@@ -66,6 +73,8 @@ def _answer(arguments: Sequence[str] | None) -> int:
         raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
     if verb == "env":
         return _env()
+    if verb in FOLDER_VERBS:
+        return _push(words) if verb == "push" else _chat(words)
     if verb == "verify" and len(words) == 1 and not words[0].startswith("recipe="):
         return _verify_folder(words[0])
     return _zoo(words) if verb == "zoo" else _run(verb, words)
@@ -136,8 +145,6 @@ def _zoo(words: Sequence[str]) -> int:
 
 
 def _verify_folder(name: str) -> int:
-    from pathlib import Path
-
     folder = Path(name).expanduser()
     if not folder.is_dir():  # before anything heavy is imported
         raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
@@ -148,6 +155,56 @@ def _verify_folder(name: str) -> int:
     found = verify_folder(folder)
     print(table(found))
     return int(any(line.good is False for line in found))
+
+
+def _push(words: Sequence[str]) -> int:
+    from transmla.process.options import push_options
+
+    options = push_options()
+    if "-h" in words or "--help" in words:
+        options.print_help()
+        return 0
+    given = options.parse_args(words)
+    folder = _folder(given.folder, "push")
+    from transmla.run.push import push
+
+    print(
+        push(folder, given.repository, public=given.public, dry_run=given.dry_run, revision=given.revision), flush=True
+    )
+    return 0
+
+
+def _chat(words: Sequence[str]) -> int:
+    from transmla.process.options import chat_options
+
+    options = chat_options()
+    if "-h" in words or "--help" in words:
+        options.print_help()
+        return 0
+    given = options.parse_args(words)
+    folder = _folder(given.folder, "chat")
+    from transmla.run.chat import chat
+    from transmla.run.environment import quiet
+
+    quiet()
+    try:
+        chat(
+            folder,
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            device=given.device,
+            dtype=given.dtype,
+        )
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
+    return 0
+
+
+def _folder(name: str, verb: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():  # before anything heavy is imported
+        raise RecipeError(verb, f"{folder} is no directory; name an output directory or an exported folder")
+    return folder
 
 
 def _env() -> int:

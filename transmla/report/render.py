@@ -41,6 +41,7 @@ def render(report: dict[str, Any]) -> str:
     if report["left_out"]:
         lines += [f"Not measured, because models were read layer by layer: {', '.join(report['left_out'])}.", ""]
     lines += task_tables(report["tasks"])
+    lines += ["Every answer: `answers.jsonl`.", ""] if report["tasks"] else []
     lines += recovered_table(report["recovered"])
     lines += threshold_table(report["required"])
     if report["export"]:

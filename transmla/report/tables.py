@@ -73,7 +73,7 @@ def task_tables(tasks: dict[str, Any]) -> list[str]:
         "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and "
         "only questions on which they differ count. A difference whose interval holds 0 may be chance. "
         "Length-normalised: the choice with the highest log-likelihood a character. The average takes every task as "
-        "one. Every answer: `answers.jsonl`.",
+        "one.",
         "",
     ]
 

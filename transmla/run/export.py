@@ -18,6 +18,7 @@ from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
 from transmla.sources.local_model import load_model, stream_model
+from transmla.sources.source_facts import source_facts
 
 MAKING = "recover.py recipe=..."  # what makes an artifact that is missing
 
@@ -37,6 +38,8 @@ def export(run: Run) -> None:
         save = save_deepseek if chosen.stock else save_own_class
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
         metadata |= {"format": chosen.name} | chosen.serving()
+        if not run.drawn:
+            metadata["source"] = source_facts(run.recipe.model, run.source_folder)
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
     make(run, run.paths.exported, run.digests.export, "export", build)

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from transmla.families import family_of_student
 from transmla.geometry import rope_types
 from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.modeling.latents import latent_heads
 
 
 def blocking_feature(config: PretrainedConfig) -> str | None:
@@ -49,6 +50,12 @@ def native_engine_notes(config: PretrainedConfig) -> tuple[str, ...]:
         )
     for kind in sorted(rope_types(config) & set(SCALED_ROPE)):
         notes.append(f"{kind} scaling of the rotary embedding: in native classes {SCALED_ROPE[kind]}; {INSTEAD}")
+    if (latents := latent_heads(config)) > 1:
+        notes.append(
+            f"{latents} latents, each for its share of the heads: engines read one block-sparse kv_b, and with tensor "
+            "parallelism keep all latents on every rank; what an engine needs to keep a rank's own alone is in "
+            "transmla.json (kv_b_blocks)"
+        )
     if blocking_dtype(config, torch.float16) is not None:
         notes.append(
             "do not run it in float16, nor with kv_a and q_a quantised to f16 or q8_0: their rows are scaled by 2^-30 "

@@ -10,6 +10,7 @@ import torch
 from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
 from transmla.export.fresh_process import model_on_disk
+from transmla.export.latent_blocks import describe_blocks
 from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
 from transmla.families import family_of
 from transmla.hardware import free_memory
@@ -36,6 +37,7 @@ def export(run: Run) -> None:
         student = stream_model(run.paths.student, run.dtype, "cpu")
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
         metadata |= {"format": chosen.name, "notes": list(chosen.notes)}
+        metadata |= describe_blocks(student.model.config) if chosen.stock else {}
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
     make(run, run.paths.exported, run.digests.export, "export", build)

@@ -88,8 +88,8 @@ def closed_form_weights(
         key_cost = cost_of_keys(torch.einsum("hwv,hwv->h", spread, output))
         errors = Errors(statistics.second_moment, statistics.second_moment, key_cost, value_cost)
     else:
-        moment = statistics.second_moment
-        errors = Errors(moment, moment, None, None, balance=settings.kv_balance)
+        plain = statistics.second_moment
+        errors = Errors(plain, plain, None, None, balance=settings.kv_balance)
 
     shape: dict[str, Any] = {"latents": geometry.latent_heads, "tied": geometry.tied}
     solved = solve_latents(k_nope, value, errors, rank=geometry.kv_lora_rank, **shape)

@@ -42,15 +42,13 @@ def tied_key_value(
     """
     one = key_moment is value_moment
     middle = value_moment if one else _middle(key_moment, value_moment)
-    rest = value  # of the values, what T2 does not make
-    for _ in range(sweeps):
-        down, up_key, up_first = joint_key_value(k_nope, rest, middle, key_cost, value_cost, rank // 2)
-        below, up_second = low_rank(value - up_first @ down, middle, value_cost, rank // 2)
-        rest = value - up_second @ below
-    whole = torch.cat((down, below))
-    if one or _exact(whole, k_nope, value):
-        return whole, up_key, torch.cat((up_first, up_second), dim=-1)
-    whole = _alternate(whole, k_nope, value, key_moment, value_moment, key_cost, value_cost, sweeps)
+    halves = (k_nope, value, middle, key_cost, value_cost, rank // 2)
+    # T2 begins with nothing of the values, or with all: which end is lower depends on what keys and values cost.
+    tried = [_halves(*halves, rest=rest, sweeps=sweeps) for rest in (value, torch.zeros_like(value))]
+    factors = min(tried, key=lambda found: _error(found, k_nope, value, middle, key_cost, value_cost))
+    if one or _exact(factors[0], k_nope, value):
+        return factors
+    whole = _alternate(factors[0], k_nope, value, key_moment, value_moment, key_cost, value_cost, sweeps)
     half = rank // 2
     up_key, up_value = _regress(k_nope, key_moment, whole[:half]), _regress(value, value_moment, whole)
     # The same maps in principal components: an arbitrary basis of the latent is hard to train from.
@@ -58,6 +56,34 @@ def tied_key_value(
     down, up_key, up_first = joint_key_value(up_key @ whole[:half], first, middle, key_cost, value_cost, half)
     below, up_second = low_rank(second, middle, value_cost, half)
     return torch.cat((down, below)), up_key, torch.cat((up_first, up_second), dim=-1)
+
+
+def _halves(
+    k_nope: Tensor,
+    value: Tensor,
+    moment: Tensor,
+    key_cost: Tensor,
+    value_cost: Tensor,
+    half: int,
+    *,
+    rest: Tensor,
+    sweeps: int,
+) -> Factors:
+    """The first loop. rest: of the values, what T2 does not make."""
+    for _ in range(sweeps):
+        down, up_key, up_first = joint_key_value(k_nope, rest, moment, key_cost, value_cost, half)
+        below, up_second = low_rank(value - up_first @ down, moment, value_cost, half)
+        rest = value - up_second @ below
+    return torch.cat((down, below)), up_key, torch.cat((up_first, up_second), dim=-1)
+
+
+def _error(
+    factors: Factors, k_nope: Tensor, value: Tensor, moment: Tensor, key_cost: Tensor, value_cost: Tensor
+) -> float:
+    down, up_key, up_value = factors
+    lost = k_nope - up_key @ down[: up_key.shape[-1]], value - up_value @ down
+    costs = (key_cost, value_cost)
+    return sum(float((cost @ rest * (rest @ moment)).sum()) for cost, rest in zip(costs, lost, strict=True))
 
 
 def _middle(key_moment: Tensor, value_moment: Tensor) -> Tensor:

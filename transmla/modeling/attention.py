@@ -51,8 +51,9 @@ class MLAAttention(nn.Module):
     and a map of each head follows it:  [q_h,nope ; q_h,rope] = M_h norm(W_h^Q x).
 
     Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, mla_latent_heads, mla_tied, attention_dropout, and layer types and
-    sliding window where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, mla_latent_heads, mla_tied,
+    attention_dropout, and layer types and sliding window where the family has them; rms_norm_eps and mla_query_norm_dim
+    with `query_norm`.
 
     Args:
         query_norm: class of the queries' norm, made with (d, eps=...), or None.

@@ -6,6 +6,8 @@ for all heads goes through a plain linear layer instead.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -93,12 +95,15 @@ def absorbed(
     Returns:
         [B, H, 1, V].
     """
-    if isinstance(up, nn.Linear):
-        return _absorbed_into(up, q_nope, q_rope, latent, k_rope, mask, scaling)
-    count = up.latents if isinstance(up, TiedLatents) else len(up)
-    layers = [None] * count if isinstance(up, TiedLatents) else list(up)
+    layers: list[Any] = [up]
+    if isinstance(up, TiedLatents):
+        layers = [None] * up.latents
+    elif isinstance(up, LatentBlocks):
+        layers = list(up)
+    count = len(layers)
     shares = zip(layers, q_nope.chunk(count, 1), q_rope.chunk(count, 1), latent.chunk(count, -1), strict=True)
-    return torch.cat([_absorbed_into(*share, k_rope, mask, scaling) for share in shares], dim=1)
+    found = [_absorbed_into(*share, k_rope, mask, scaling) for share in shares]
+    return found[0] if count == 1 else torch.cat(found, dim=1)
 
 
 def _absorbed_into(

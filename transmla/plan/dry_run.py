@@ -59,14 +59,12 @@ def _latents(geometry: MLAGeometry) -> str:
 
 
 def _ranks(geometry: MLAGeometry) -> list[str]:
-    """What a rank of tensor parallelism caches, where there is more than one number to know."""
-    lines = []
+    """What each rank of tensor parallelism caches."""
+    found = []
     for row in geometry.cache_by_ranks[1:]:
-        split = f", {row['split']} where a rank keeps its own latents" if row["split"] < row["stock"] else ""
-        lines.append(
-            f"             on each of {row['ranks']} ranks of tensor parallelism: {row['source']} -> {row['stock']}{split}"
-        )
-    return lines
+        split = f" ({row['split']} where a rank keeps its own latents)" if row["split"] < row["stock"] else ""
+        found.append(f"of {row['ranks']} {row['source']} -> {row['stock']}{split}")
+    return [f"             on a rank of tensor parallelism: {'; '.join(found)}"] if found else []
 
 
 def _memory(streaming: Streaming) -> list[str]:

@@ -225,6 +225,7 @@ def test_stopped_and_resumed_is_bitwise_the_unbroken_run(layout: str, folders, t
         torch.testing.assert_close(resumed["losses"], straight["losses"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.faults  # minutes long
 def test_a_whole_recipe_by_its_launch_file(tmp_path) -> None:
     """`accelerate launch` with the shipped file, two processes: every stage, and the same report as of one."""
     reports = {}

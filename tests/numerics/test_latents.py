@@ -13,7 +13,7 @@ from tests.numerics.test_exact import difference, stock
 from tests.numerics.test_factorize import spd, two_moment_error, weighted_error
 from tests.numerics.test_families import CASES
 from transmla.convert.conversion import convert_model
-from transmla.convert.latents import Errors, Latent, latent_bias, solve_latents
+from transmla.convert.latent_shares import Errors, Latent, latent_bias, solve_latents
 from transmla.convert.low_rank import joint_two_moments, symmetric_root
 from transmla.convert.tied import tied_key_value
 from transmla.export.deepseek_weights import export_state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transmla.convert.calibration import LayerStatistics
-from transmla.convert.latents import Errors, Latent, latent_bias, solve_latents
+from transmla.convert.latent_shares import Errors, Latent, latent_bias, solve_latents
 from transmla.convert.low_rank import low_rank
 from transmla.convert.rope import DecoupledRope, decouple_rope
 from transmla.families.family import SourceAttention

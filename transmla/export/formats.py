@@ -15,6 +15,7 @@ from transmla.export.deepseek_config import deepseek_config
 from transmla.export.dimensions import export_dimensions
 from transmla.export.engines import Reading, notes_of, own_features, readings_of, require_engines, stock_features
 from transmla.export.expressible import blocking_dtype, blocking_feature
+from transmla.modeling.latents import latent_heads
 from transmla.recipe.schema import Export
 
 DEEPSEEK = "deepseek_v3"
@@ -84,7 +85,19 @@ def choose_format(section: Export, student: PretrainedConfig, dtype: torch.dtype
         export_dimensions(student, section.layout)
     except ValueError as error:
         raise RecipeError("export.layout", str(error).removeprefix("export.layout: ")) from None
-    return _read_by(section, Format(DEEPSEEK), _stock_features(section, student, stored))
+    found = _read_by(section, Format(DEEPSEEK), _stock_features(section, student, stored))
+    return replace(found, notes=(*found.notes, *latent_notes(student)))
+
+
+def latent_notes(student: PretrainedConfig) -> tuple[str, ...]:
+    """What a user has to know of a checkpoint with several latents."""
+    if (latents := latent_heads(student)) == 1:
+        return ()
+    return (
+        f"{latents} latents, each for its share of the heads: engines read one block-sparse kv_b, and with tensor "
+        "parallelism keep all latents on every rank; what an engine needs to keep a rank's own alone is in "
+        "transmla.json (kv_b_blocks)",
+    )
 
 
 def _stock_features(section: Export, student: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
 from transmla.export.formats import choose_format
 from transmla.export.fresh_process import model_on_disk
+from transmla.export.latent_blocks import describe_blocks
 from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
 from transmla.families import family_of
 from transmla.hardware import free_memory
@@ -40,6 +41,7 @@ def export(run: Run) -> None:
         metadata |= {"format": chosen.name} | chosen.serving()
         if not run.drawn:
             metadata["source"] = source_facts(run.recipe.model, run.source_folder)
+        metadata |= describe_blocks(student.model.config) if chosen.stock else {}
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
     make(run, run.paths.exported, run.digests.export, "export", build)

@@ -6,9 +6,12 @@ Nothing heavy is imported before a verb is known and a recipe has passed its sch
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from transmla.errors import RecipeError
 from transmla.process.command import guarded
@@ -20,7 +23,8 @@ VERBS = {
     "convert": "only make the converted student",
     "record": "keep the teacher's top-k log-probabilities for the stages whose teacher is recorded",
     "export": "only export the recovered student, with verification",
-    "verify": "check an export again in a fresh process; with DIR a whole output directory, without its recipe",
+    "verify": "check an export again in a fresh process; with DIR a whole output directory, or a serving engine",
+    "gguf": "write the GGUF of an exported checkpoint, for llama.cpp",
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
@@ -31,7 +35,9 @@ EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the f
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
-        "       transmla verify DIR",
+        "       transmla verify DIR [--engine transformers|vllm|llama.cpp] [--python PATH] [--gguf FILE]",
+        "                           [--prompts N] [--new-tokens N]",
+        "       transmla gguf DIR OUT [--type f32|bf16|q8_0|q4_k_m] [--pre NAME] [--python PATH]",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
@@ -66,8 +72,10 @@ def _answer(arguments: Sequence[str] | None) -> int:
         raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
     if verb == "env":
         return _env()
-    if verb == "verify" and len(words) == 1 and not words[0].startswith("recipe="):
-        return _verify_folder(words[0])
+    if verb == "verify" and words and not any(word.startswith("recipe=") for word in words):
+        return _verify_folder(words)
+    if verb == "gguf":
+        return _gguf(words)
     return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
@@ -135,19 +143,68 @@ def _zoo(words: Sequence[str]) -> int:
     return run_zoo(names, overrides)
 
 
-def _verify_folder(name: str) -> int:
-    from pathlib import Path
+class _Words(argparse.ArgumentParser):
+    """The words after a verb that takes no recipe."""
 
-    folder = Path(name).expanduser()
+    def error(self, message: str) -> NoReturn:
+        """One line instead of a page.
+
+        Raises:
+            RecipeError: always.
+        """
+        raise RecipeError(self.prog, f"{message}; transmla --help lists the words")
+
+
+def _verify_folder(words: Sequence[str]) -> int:
+    parser = _Words("verify", add_help=False, allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", type=_path)
+    parser.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"))
+    parser.add_argument("--python", type=_path)
+    parser.add_argument("--gguf", type=_path)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    asked = vars(parser.parse_args(words))
+    folder, engine = asked.pop("folder"), asked.pop("engine")
     if not folder.is_dir():  # before anything heavy is imported
         raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
+    if engine is None and (asked["python"] or asked["gguf"]):
+        raise RecipeError("verify", "--python and --gguf are for an engine; name it with --engine")
+    if min(asked["prompts"], asked["new_tokens"]) < 1:
+        raise RecipeError("verify", "--prompts and --new-tokens are counts from 1 on")
     from transmla.run.environment import quiet
     from transmla.run.finished_folder import table, verify_folder
 
     quiet()
-    found = verify_folder(folder)
+    if engine is None:
+        found = verify_folder(folder)
+    else:
+        from transmla.run.engine_check import check_engine
+
+        found = check_engine(folder, engine, **asked)
     print(table(found))
     return int(any(line.good is False for line in found))
+
+
+def _gguf(words: Sequence[str]) -> int:
+    parser = _Words("gguf", add_help=False, allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", type=_path)
+    parser.add_argument("out", metavar="OUT", type=_path)
+    parser.add_argument("--type", choices=("f32", "bf16", "q8_0", "q4_k_m"), default="bf16", dest="kind")
+    parser.add_argument("--pre")
+    parser.add_argument("--python", type=_path)
+    asked = vars(parser.parse_args(words))
+    if not asked["folder"].is_dir():
+        raise RecipeError("gguf", f"{asked['folder']} is no directory; name an exported checkpoint")
+    from transmla.export.gguf_file import save_gguf
+    from transmla.run.environment import quiet
+
+    quiet()
+    save_gguf(**asked)
+    return 0
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser()
 
 
 def _env() -> int:

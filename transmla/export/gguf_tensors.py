@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from transmla.sources.weights import weight_files
 # format, would make zeros of them.
 KEPT = ("attn_kv_a_mqa", "attn_q_a")
 NUMBER = re.compile(r"\d+")
+Take = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Entry:
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     source: str
-    take: Callable[[Tensor], Tensor]
+    take: Take
 
     @property
     def bytes(self) -> int:
@@ -56,24 +58,32 @@ def entries(config: PretrainedConfig, stored: Mapping[str, Stored], kind: GGMLQu
     """
     names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
 
-    def entry(name: str, shape: tuple[int, ...], source: str, take: Callable[[Tensor], Tensor]) -> Entry:
+    def entry(name: str, shape: tuple[int, ...], source: str, take: Take) -> Entry:
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, f"{name} has no name in the format"
         return Entry(found, shape, stored_kind(found, shape, kind), source, take)
+
+    heads, rank, nope, wide = (
+        getattr(config, name) for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+    )
+
+    def keys(value: Tensor) -> Tensor:
+        """`kv_b_proj` [H (nope + v), R] -> [H, R, nope], transposed for the absorbed product."""
+        return value.unflatten(0, (heads, -1))[:, :nope].transpose(1, 2)
+
+    def values(value: Tensor) -> Tensor:
+        """`kv_b_proj` [H (nope + v), R] -> [H, v, R]."""
+        return value.unflatten(0, (heads, -1))[:, nope:]
 
     out = []
     for name in sorted(stored, key=_by_layer):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if not name.endswith("kv_b_proj.weight"):
+        if name.endswith("kv_b_proj.weight"):
+            out.append(entry(name.replace("kv_b_proj", "k_b_proj"), (heads, rank, nope), name, keys))
+            out.append(entry(name.replace("kv_b_proj", "v_b_proj"), (heads, wide, rank), name, values))
+        else:
             out.append(entry(name, stored[name].shape, name, lambda value: value))
-            continue
-        heads, rank = config.num_attention_heads, config.kv_lora_rank
-        nope, wide = config.qk_nope_head_dim, config.v_head_dim
-        split = _split(heads, nope)
-        keys, values = name.replace("kv_b_proj", "k_b_proj"), name.replace("kv_b_proj", "v_b_proj")
-        out.append(entry(keys, (heads, rank, nope), name, lambda value, split=split: split(value)[0]))
-        out.append(entry(values, (heads, wide, rank), name, lambda value, split=split: split(value)[1]))
     return out
 
 
@@ -91,7 +101,7 @@ def stored_kind(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -
 def numbers(folder: Path, key: str, wanted: list[Entry]) -> Iterator[np.ndarray]:
     """The content of each entry in turn; no more than one tensor is in memory. key: for errors."""
     with ExitStack() as stack:
-        where = {}
+        where: dict[str, Any] = {}
         for file in weight_files(folder, key):
             opened = stack.enter_context(safe_open(file, framework="pt"))
             where |= dict.fromkeys(opened.keys(), opened)
@@ -105,16 +115,6 @@ def _numbers(value: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     if kind == GGMLQuantizationType.BF16:
         return value.to(torch.bfloat16).view(torch.int16).numpy()
     return quantize(value.float().numpy(), kind)
-
-
-def _split(heads: int, nope: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`kv_b_proj` [H (nope + v), R] -> keys [H, R, nope], transposed for the absorbed product, and values [H, v, R]."""
-
-    def split(value: Tensor) -> tuple[Tensor, Tensor]:
-        by_head = value.unflatten(0, (heads, -1))
-        return by_head[:, :nope].transpose(1, 2), by_head[:, nope:]
-
-    return split
 
 
 def _by_layer(name: str) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
@@ -19,7 +20,10 @@ Quantise = Callable[[Path, Path], None]
 
 
 def find_quantiser(kind: str, python: Path | None, key: str) -> Quantise:
-    """What makes a file of a kind from a bfloat16 one. python: of the environment with llama-cpp-python. key: for errors.
+    """What makes a file of a kind from a bfloat16 one.
+
+    Args:
+        python: of the environment with llama-cpp-python. key: for errors.
 
     Raises:
         RecipeError: there is none.
@@ -35,7 +39,7 @@ def find_quantiser(kind: str, python: Path | None, key: str) -> Quantise:
             raise RecipeError(key, f"{PROGRAM} ended with {done.returncode}: {last}; try --type q8_0")
 
     def by_package(file: Path, out: Path) -> None:
-        request = {"model": str(file), "out": str(out), "kept": kept, "file_type": FILE_TYPES[kind]}
+        request: dict[str, Any] = {"model": str(file), "out": str(out), "kept": kept, "file_type": FILE_TYPES[kind]}
         request["kept_type"] = int(GGMLQuantizationType.BF16)
         try:
             ask("llama.cpp", python, key, do="quantise", **request)
@@ -52,6 +56,7 @@ def find_quantiser(kind: str, python: Path | None, key: str) -> Quantise:
         raise RecipeError(
             key,
             f"{kind} is made by llama.cpp's own quantiser, and there is neither {PROGRAM} on the PATH nor "
-            f"llama-cpp-python: {reason}; or write --type bf16, and where llama.cpp is: {PROGRAM} {flags} IN OUT {kind}",
+            f"llama-cpp-python: {reason}; or write --type bf16, and where llama.cpp is: "
+            f"{PROGRAM} {flags} IN OUT {kind}",
         ) from None
     return by_package

@@ -88,10 +88,10 @@ def check_engine(
     if gguf is not None and engine != "llama.cpp":
         raise RecipeError(KEY, f"--gguf is what llama.cpp reads, {engine} reads the directory; leave it out")
     place = _place(folder)
-    if engine == "llama.cpp":
-        check_folder(place.exported)
     if gguf is not None:
         check_gguf(gguf, KEY)
+    elif engine == "llama.cpp":
+        check_folder(place.exported)
     ask(engine, python, KEY, do="probe")
     found = [digests_of(name, path) for name, path in _artifacts(folder, place)]
     if any(line.good is False for line in found):
@@ -189,8 +189,8 @@ def _require_memory(place: Place) -> None:
     if (free := free_memory(torch.device("cpu"))) < needed:
         raise RecipeError(
             KEY,
-            f"the comparison takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; run it on a machine "
-            "with more, or transmla verify DIR, which reads weights when they are needed",
+            f"the comparison takes {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free; run it on a "
+            "machine with more, or transmla verify DIR, which reads weights when they are needed",
         )
 
 

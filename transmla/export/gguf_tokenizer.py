@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from transmla.errors import RecipeError
 from transmla.export.gguf_pre_tokenizers import name_of
 from transmla.files import read_json
+from transmla.sources.tokenizer import load_tokenizer
 
 SPACE = "▁"  # how sentencepiece writes a space
 
@@ -33,6 +32,8 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
     prefix: bool = False
+    first: bool = False
+    last: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -45,6 +46,7 @@ def read_vocabulary(folder: Path, rows: int, key: str, pre: str | None = None) -
     Raises:
         RecipeError: llama.cpp would tokenize otherwise.
     """
+    tokenizer = load_tokenizer(folder, key)
     content = read_json(folder / "tokenizer.json")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise RecipeError(
@@ -57,7 +59,11 @@ def read_vocabulary(folder: Path, rows: int, key: str, pre: str | None = None) -
         raise RecipeError(key, f"its tokenizer is a {model.get('type')}, which is not written; byte pairs (BPE) are")
     found = _byte_pairs if _has_byte_level(content.get("pre_tokenizer")) else _sentencepiece
     tokens, types = _tokens(content, rows)
-    return found(content, tokens, types, key, pre)
+    vocabulary = found(content, tokens, types, key, pre)
+    # What the tokenizer does, rather than what its files seem to say.
+    text = tokenizer("a")["input_ids"]
+    vocabulary.first, vocabulary.last = text[0] == tokenizer.bos_token_id, text[-1] == tokenizer.eos_token_id
+    return vocabulary
 
 
 def _tokens(content: dict[str, Any], rows: int) -> tuple[list[str], list[TokenType]]:
@@ -193,19 +199,11 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary, folder: Path) -> 
     else:
         writer.add_token_merges(vocabulary.merges)
     special = SpecialVocab(folder, n_vocab=len(vocabulary.tokens))
-    # What the tokenizer does, rather than what its files seem to say: llama.cpp's defaults differ by kind.
-    special.add_special_token = dict(zip(("bos", "eos"), _surroundings(folder), strict=True))
+    special.add_special_token = {"bos": vocabulary.first, "eos": vocabulary.last}  # llama.cpp's defaults differ by kind
     others = [number for number in _ends(folder) if number != special.special_token_ids.get("eos")]
     for name, number in zip(("eot", "eom"), others, strict=False):
         special.special_token_ids.setdefault(name, number)
     special.add_to_gguf(writer, quiet=True)
-
-
-def _surroundings(folder: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last token around a text."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    text = tokenizer("a")["input_ids"]
-    return text[0] == tokenizer.bos_token_id, text[-1] == tokenizer.eos_token_id
 
 
 def _ends(folder: Path) -> list[int]:

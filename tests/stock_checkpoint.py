@@ -1,4 +1,4 @@
-"""Tiny exported checkpoints: a stock DeepSeek-V3 model with random weights, as the exporter writes one, and tokenizers."""
+"""Tiny exported checkpoints: a stock DeepSeek-V3 model with random weights as the exporter writes it, tokenizers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ def byte_pairs(first: str | None = None) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{first} $A", pair=f"{first} $A {first} $B", special_tokens=[(first, number)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token=first, pad_token="<|end|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token=first, pad_token="<|end|>"
+    )
 
 
 def sentencepiece(*, complete: bool = True) -> PreTrainedTokenizerFast:

@@ -56,7 +56,9 @@ def test_it_makes_the_same_tokens(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_k_m"])
 def test_it_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
-    folder = stock_checkpoint(tmp_path / "exported", byte_pairs(), dtype=torch.bfloat16, hidden_size=256, initializer_range=0.06)
+    folder = stock_checkpoint(
+        tmp_path / "exported", byte_pairs(), dtype=torch.bfloat16, hidden_size=256, initializer_range=0.06
+    )
     save_gguf(folder, tmp_path / "it.gguf", kind, python=PYTHON)
     assert missed(folder, gguf=tmp_path / "it.gguf") == []
 

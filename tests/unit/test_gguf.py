@@ -40,7 +40,11 @@ def logits(weights: dict[str, np.ndarray], reader: GGUFReader, tokens: list[int]
     """What llama.cpp's deepseek2 computes of a file, in float64: attention over latents, adjacent rotary pairs."""
     key = {name.removeprefix("deepseek2."): field.contents() for name, field in reader.fields.items()}
     heads, rope = key["attention.head_count"], key["rope.dimension_count"]
-    width, eps, rank = key["attention.key_length_mla"], key["attention.layer_norm_rms_epsilon"], key["attention.kv_lora_rank"]
+    width, eps, rank = (
+        key["attention.key_length_mla"],
+        key["attention.layer_norm_rms_epsilon"],
+        key["attention.kv_lora_rank"],
+    )
     assert key["attention.head_count_kv"] == 1 and key["attention.key_length"] == rank + rope
     nope, count = width - rope, len(tokens)
     angles = np.arange(count)[:, None] * key["rope.freq_base"] ** (-np.arange(0, rope, 2) / rope)
@@ -116,7 +120,9 @@ def test_byte_pairs(tmp_path: Path) -> None:
     tokenizer = byte_pairs("<|turn|>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     folder = stock_checkpoint(tmp_path / "it", tokenizer)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, tokenizer("<tool>")["input_ids"][1]]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [0, tokenizer("<tool>")["input_ids"][1]]})
+    )
     _, reader = written(folder, tmp_path / "it.gguf", "f32")
     field = {name.removeprefix("tokenizer."): entry.contents() for name, entry in reader.fields.items()}
     tokens, kinds = field["ggml.tokens"], field["ggml.token_type"]
@@ -188,6 +194,7 @@ def stepped(step) -> object:
     return lambda folder: changed(folder, lambda content: content.update(step))
 
 
+OWN = [{"type": "Punctuation", "behavior": "Contiguous"}]
 NFKC = json.loads(normalizers.NFKC().__getstate__())
 LEVEL = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=False).__getstate__())
 SPACED = json.loads(pre_tokenizers.ByteLevel(add_prefix_space=True).__getstate__())
@@ -195,7 +202,7 @@ BROKEN = {
     "no tokenizer": (lambda folder: without("tokenizer.json", folder), "no tokenizer (tokenizer.json)"),
     "no weights": (lambda folder: without("model.safetensors", folder), "model.safetensors"),
     "a way of cutting of its own": (
-        stepped({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation", "behavior": "Contiguous"}, LEVEL]}}),
+        stepped({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*OWN, LEVEL]}}),
         "--pre NAME",
     ),
     "a space before text": (stepped({"pre_tokenizer": SPACED}), "--pre NAME"),
@@ -219,7 +226,14 @@ def test_what_is_missing_or_another_tokenizer_is_refused(name: str, tmp_path: Pa
 
 def test_a_name_by_the_user_takes_the_place_of_an_unknown_way(tmp_path: Path, capsys) -> None:
     folder = stock_checkpoint(tmp_path / "it", byte_pairs())
-    stepped({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Punctuation", "behavior": "Contiguous"}, LEVEL]}})(folder)  # type: ignore[operator]
+    stepped(
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [*OWN, LEVEL],
+            }
+        }
+    )(folder)  # type: ignore[operator]
     assert main(["gguf", str(folder), str(tmp_path / "it.gguf"), "--pre", "falcon"]) == 0
     assert GGUFReader(tmp_path / "it.gguf").fields["tokenizer.ggml.pre"].contents() == "falcon"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,15 @@ class Greedy:
 
 def distance(expected: Tensor, scores: Tensor) -> Distance:
     """Over the whole vocabulary. expected, scores: log-probabilities [n, L, V]."""
-    kl = (expected.exp() * (expected - scores)).sum(-1).mean()
+    kl = torch.stack([_kl(own, other) for own, other in zip(expected, scores, strict=True)]).mean()
     n, length, words = expected.shape
     return Distance(float((scores - expected).abs().max()), float(kl), n * length, words)
+
+
+def _kl(own: Tensor, other: Tensor) -> Tensor:
+    """KL at every token in float64: in float32 the terms of near distributions cancel to less than nothing."""
+    own = own.double()
+    return (own.exp() * (own - other.double())).sum(-1)
 
 
 def distance_of_likeliest(expected: Tensor, words: Tensor, values: Tensor) -> Distance:
@@ -65,7 +72,7 @@ def greedy_distance(expected: Tensor, words: Tensor, values: Tensor, found: Tens
     for row, step in [(row, int((~equal[row]).nonzero()[0])) for row in range(len(equal)) if not equal[row].all()]:
         own = values[row, step]
         place = (words[row, step] == found[row, step]).nonzero()
-        gaps.append(float(own[0] - own[place[0, 0] if len(place) else -1]))
+        gaps.append(float(own[0] - own[place[0, 0]]) if len(place) else math.inf)  # not among the kept: far
     return Greedy(int(equal.sum()), equal.numel(), len(gaps), max(gaps, default=0.0))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
+
 from transmla.errors import RecipeError
 from transmla.export.gguf_pre_tokenizers import name_of
 from transmla.files import read_json

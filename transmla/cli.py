@@ -21,7 +21,8 @@ VERBS = {
     "convert": "only make the converted student",
     "record": "keep the teacher's top-k log-probabilities for the stages whose teacher is recorded",
     "export": "only export the recovered student, with verification",
-    "verify": "check an export again in a fresh process; with DIR a whole output directory, without its recipe",
+    "verify": "check an export again in a fresh process; with DIR a whole output directory, or a serving engine",
+    "gguf": "write the GGUF of an exported checkpoint, for llama.cpp",
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
@@ -31,11 +32,13 @@ VERBS = {
 }
 RENAMED = {"traces": "write"}  # verbs of earlier versions
 EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
-FOLDER_VERBS = ("chat", "push")  # of a folder that is there, with options in place of a recipe's keys
+FOLDER_VERBS = ("chat", "gguf", "push")  # of a folder that is there, with options in place of a recipe's keys
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
-        "       transmla verify DIR",
+        "       transmla verify DIR [--engine transformers|vllm|llama.cpp] [--python PATH] [--gguf FILE]",
+        "                           [--prompts N] [--new-tokens N]",
+        "       transmla gguf DIR OUT [--type f32|bf16|q8_0|q4_k_m] [--pre NAME] [--python PATH]",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
         "       transmla chat DIR [--temperature T] [--max-new-tokens N] [--device D] [--dtype T]",
         "       transmla push DIR ORG/NAME [--public] [--dry-run] [--revision NAME]",
@@ -74,9 +77,9 @@ def _answer(arguments: Sequence[str]) -> int:
     if verb == "env":
         return _env()
     if verb in FOLDER_VERBS:
-        return _push(words) if verb == "push" else _chat(words)
-    if verb == "verify" and len(words) == 1 and not words[0].startswith("recipe="):
-        return _verify_folder(words[0])
+        return {"push": _push, "chat": _chat, "gguf": _gguf}[verb](words)
+    if verb == "verify" and words and not any(word.startswith("recipe=") for word in words):
+        return _verify_folder(words)
     return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
@@ -144,15 +147,27 @@ def _zoo(words: Sequence[str]) -> int:
     return run_zoo(names, overrides)
 
 
-def _verify_folder(name: str) -> int:
-    folder = Path(name).expanduser()
+def _verify_folder(words: Sequence[str]) -> int:
+    from transmla.process.options import verify_options
+
+    asked = vars(verify_options().parse_args(words))
+    folder, engine = asked.pop("folder"), asked.pop("engine")
     if not folder.is_dir():  # before anything heavy is imported
         raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
+    if engine is None and (asked["python"] or asked["gguf"]):
+        raise RecipeError("verify", "--python and --gguf are for an engine; name it with --engine")
+    if min(asked["prompts"], asked["new_tokens"]) < 1:
+        raise RecipeError("verify", "--prompts and --new-tokens are counts from 1 on")
     from transmla.run.environment import quiet
     from transmla.run.finished_folder import table, verify_folder
 
     quiet()
-    found = verify_folder(folder)
+    if engine is None:
+        found = verify_folder(folder)
+    else:
+        from transmla.run.engine_check import check_engine
+
+        found = check_engine(folder, engine, **asked)
     print(table(found))
     return int(any(line.good is False for line in found))
 
@@ -205,6 +220,20 @@ def _folder(name: str, verb: str) -> Path:
     if not folder.is_dir():  # before anything heavy is imported
         raise RecipeError(verb, f"{folder} is no directory; name an output directory or an exported folder")
     return folder
+
+
+def _gguf(words: Sequence[str]) -> int:
+    from transmla.process.options import gguf_options
+
+    asked = vars(gguf_options().parse_args(words))
+    if not asked["folder"].is_dir():
+        raise RecipeError("gguf", f"{asked['folder']} is no directory; name an exported checkpoint")
+    from transmla.export.gguf_file import save_gguf
+    from transmla.run.environment import quiet
+
+    quiet()
+    save_gguf(**asked)
+    return 0
 
 
 def _env() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from transmla.export.engines import readings_of
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Recipe
 from transmla.report.figures import plot_figures
@@ -128,17 +129,19 @@ def test_a_padded_export_caches_what_it_has_room_for(recipe: Recipe) -> None:
 
 
 def test_engines_as_the_export_says() -> None:
-    engines = {
-        "transformers": {"reads": True, "why": "checked by reloading"},
-        "vllm": {"reads": True, "why": "its own class, checked with 0.32"},
-        "sglang": {"reads": False, "why": "drops the biases without a message"},
-        "llama.cpp": {"reads": True, "why": "", "command": "llama-server -m tiny.gguf"},
-    }
-    text = "\n".join(serving_lines({"format": "deepseek_v3", "engines": engines}, chat=True))
-    assert "Its own class, checked with 0.32.\n\n```bash\nvllm serve ORG/NAME --dtype bfloat16\n```" in text
-    assert "Drops the biases without a message.\n\nDo not serve this checkpoint with it." in text
-    assert "sglang.launch_server" not in text and "```bash\nllama-server -m tiny.gguf\n```" in text
-    assert "apply_chat_template" in text and "import transmla" not in text
+    """Every engine as the table has it, for a checkpoint with biases and for one without."""
+    cards = {}
+    for features in (("all_dense", "attention_bias"), ("all_dense", "no_query_latent")):
+        engines = {reading.engine: reading.describe() for reading in readings_of(features)}
+        text = "\n".join(serving_lines({"format": "deepseek_v3", "engines": engines}, chat=True))
+        assert "apply_chat_template" in text and "import transmla" not in text
+        cards[features[1]] = {part.partition("\n")[0]: part for part in text.split("### ")}
+    biased, plain = cards["attention_bias"], cards["no_query_latent"]
+    assert "```bash\nvllm serve ORG/NAME --model-impl transformers --dtype bfloat16\n```" in biased["vLLM"]
+    assert "skips them in the file without a message." in biased["vLLM"]
+    assert "Do not serve this checkpoint with it." in biased["SGLang"] and "```" not in biased["SGLang"]
+    assert "```bash\nvllm serve ORG/NAME --dtype bfloat16\n```" in plain["vLLM"] and "sglang" in plain["SGLang"]
+    assert "write it as 0." in plain["llama.cpp"] and "llama-server" in plain["llama.cpp"]
 
 
 def test_engines_that_nobody_asked() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from transmla.errors import RecipeError
@@ -40,6 +41,33 @@ def chat_options() -> Options:
     # No float16: it cannot hold the linear latent norm of an export.
     options.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     return options
+
+
+def verify_options() -> Options:
+    """Of `transmla verify DIR`."""
+    options = Options("transmla verify", description="Check a finished directory, or what an engine computes of it.")
+    options.add_argument("folder", metavar="DIR", type=_path, help="output directory of a recipe, or its export")
+    options.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"), help="that reads the export")
+    options.add_argument("--python", type=_path, metavar="PATH", help="of the engine's own environment")
+    options.add_argument("--gguf", type=_path, metavar="FILE", help="that llama.cpp reads")
+    options.add_argument("--prompts", type=int, default=4, metavar="N")
+    options.add_argument("--new-tokens", type=int, default=32, metavar="N")
+    return options
+
+
+def gguf_options() -> Options:
+    """Of `transmla gguf`."""
+    options = Options("transmla gguf", description="Write the GGUF of an exported checkpoint, for llama.cpp.")
+    options.add_argument("folder", metavar="DIR", type=_path, help="an exported checkpoint")
+    options.add_argument("out", metavar="OUT", type=_path, help="the file to write")
+    options.add_argument("--type", choices=("f32", "bf16", "q8_0", "q4_k_m"), default="bf16", dest="kind")
+    options.add_argument("--pre", metavar="NAME", help="llama.cpp's name of how the tokenizer splits words")
+    options.add_argument("--python", type=_path, metavar="PATH", help="of an environment with llama-cpp-python")
+    return options
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser()
 
 
 def _count(text: str) -> int:

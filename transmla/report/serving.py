@@ -25,7 +25,7 @@ def serving_lines(metadata: dict[str, Any], *, chat: bool) -> list[str]:
     """The section of the card.
 
     Args:
-        metadata: of the export; `engines`, where it is there, has `reads` and `why` by engine, and may have `command`.
+        metadata: of the export; `engines`, where it is there, as transmla.export.engines describes them.
         chat: whether the tokenizer has a chat template.
     """
     stock = metadata["format"] == "deepseek_v3"
@@ -45,18 +45,23 @@ def serving_lines(metadata: dict[str, Any], *, chat: bool) -> list[str]:
     for engine, title in ENGINES.items():
         if engine == "transformers":
             continue
-        entry = (known or {}).get(engine)
         lines += [f"### {title}", ""]
-        if not isinstance(entry, dict):
-            lines += _unknown(engine, stock)
-            continue
-        if entry.get("why"):
-            lines += [f"{_sentence(str(entry['why']))}", ""]
-        if entry.get("reads"):
-            lines += _fenced("bash", _command(entry, COMMANDS[engine]))
-        else:
-            lines += ["Do not serve this checkpoint with it.", ""]
+        lines += _unknown(engine, stock) if known is None else _known(engine, known)
     return lines
+
+
+def _known(engine: str, known: dict[str, Any]) -> list[str]:
+    """What transmla.export.engines found of an engine, and where that does not read the checkpoint, of another way to
+    run it."""
+    entry = known[engine]
+    texts = [*entry["why"], *entry["needs"], f"As known from: {entry['checked']}"]
+    said = [f"- {_sentence(text)}" for text in texts]
+    if entry["reads"]:
+        return [*_fenced("bash", COMMANDS[engine]), *said, ""]
+    around = known.get(f"{engine}-transformers", {})
+    if around.get("reads"):
+        return ["Not by its own class:", "", *said, "", "Through transformers' class:", "", *_fenced("bash", AROUND)]
+    return ["Do not serve this checkpoint with it.", "", *said, ""]
 
 
 def _unknown(engine: str, stock: bool) -> list[str]:
@@ -66,11 +71,6 @@ def _unknown(engine: str, stock: bool) -> list[str]:
     if engine == "vllm":
         return [f"Through transformers' class; vLLM's own was {UNCHECKED}.", "", *_fenced("bash", AROUND)]
     return [f"{_sentence(UNCHECKED)}", ""]
-
-
-def _command(entry: dict[str, Any], usual: list[str]) -> list[str]:
-    own = entry.get("command")
-    return [own] if isinstance(own, str) else usual
 
 
 def _snippet(stock: bool, chat: bool) -> list[str]:

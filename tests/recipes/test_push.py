@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -90,6 +91,9 @@ def test_a_whole_upload(run: Path, made: Path, server: HubServer, tmp_path: Path
     card = files["README.md"].decode()
     assert 'from_pretrained("org/tiny"' in card and "ORG/NAME" not in card
     assert "## Quality on held.jsonl" in card
+    (program,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    exec(program.replace("org/tiny", str(found)), {})  # the card's commands are those that work
+    assert len(capsys.readouterr().out) > 20
 
 
 def test_the_folder_stays_as_it_was(run: Path, server: HubServer) -> None:

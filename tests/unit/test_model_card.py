@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from transmla.export.engines import readings_of
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Recipe
-from transmla.report.model_card import is_ours, render_card, save_card
+from transmla.report.figures import plot_figures
+from transmla.report.model_card import is_ours, render_card, save_card, stored_geometry
 from transmla.report.serving import serving_lines
 
 QUALITY = {"perplexity": 12.5, "perplexity_interval": [12.0, 13.0], "kl": 0.25, "kl_interval": [0.2, 0.3], "top1": 0.5}
@@ -35,6 +36,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "recipe": "tiny",
         "source": "org/base",
         "geometry": GEOMETRY,
+        "stored": GEOMETRY,
         "stages": [{"name": "convert", "tokens": 2048} | stage, {"name": "recover.0 distill", "tokens": 4096} | stage],
         "quality": {"teacher": {data: TEACHER}, "exported": {data: QUALITY}},
         "tasks": {},
@@ -103,6 +105,7 @@ def test_content(recipe: Recipe) -> None:
         "[org/base](https://huggingface.co/org/base) with multi-head latent attention",
         "caches 32 values where the original caches 64: 50.0 % less.",
         "| exported | 12.500 (12.000 to 13.000) | 0.2500 (0.2000 to 0.3000) | 50.0 % |",
+        "The teacher is the original model. Exported is what these files hold.",
         "![Perplexity and KL of every model](figures/quality.png)",
         "recipe=recipe.yaml output_dir=NEW",
         "- model.source is org/base, commit c0ffee",
@@ -112,8 +115,17 @@ def test_content(recipe: Recipe) -> None:
     ):
         assert part in text, part
     assert "/machine" not in text
-    more = GEOMETRY | {"cached_values_student": 96, "saving_percent": -50.0}
-    assert "50.0 % more." in card(recipe, geometry=more)
+
+
+def test_a_padded_export_caches_what_it_has_room_for(recipe: Recipe) -> None:
+    config = {"kv_lora_rank": 88, "qk_rope_head_dim": 8, "q_lora_rank": 65, "vocab_size": 260}
+    stored = stored_geometry(GEOMETRY, config)
+    assert (stored["cached_values_student"], stored["saving_percent"]) == (96, -50.0)
+    text = card(recipe, stored=stored)
+    assert "caches 96 values where the original caches 64: 50.0 % more." in text
+    assert "| `kv_lora_rank` (latent) | 88 |" in text and "| `q_lora_rank` | 65 |" in text
+    assert "The model itself has a latent of 24 and a rope head of 8, 32 values" in text
+    assert stored_geometry(GEOMETRY, {}) == GEOMETRY and "The model itself" not in card(recipe)
 
 
 def test_engines_as_the_export_says() -> None:
@@ -157,3 +169,11 @@ def test_an_edited_card_stays(recipe: Recipe, tmp_path: Path) -> None:
     (exported / "README.md").write_text(text.replace("# other", "# mine"))
     assert not save_card(exported, report(), metadata, recipe)
     assert "# mine" in (exported / "README.md").read_text()
+
+
+def test_figures_name_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are published with the card, and no text search finds a path that is drawn."""
+    titles: list[str] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda self, label, **_: titles.append(label))
+    plot_figures(report(training=[], layer_errors={}), tmp_path)
+    assert titles == ["held.jsonl", "held.jsonl"]

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transmla.files import save_whole
+from transmla.files import read_json, save_whole
 from transmla.recipe.local_paths import paths_in, short_names, shortened
 from transmla.recipe.schema import Recipe
 from transmla.report.card_metadata import front_matter, training_sets
@@ -23,6 +23,13 @@ FIGURES = {
     "tasks.png": "Accuracy by task",
     "layers.png": "Error of the attention by layer",
     "loss.png": "Training loss",
+}
+STORED = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+NAMES = {
+    "teacher": "The teacher is the original model.",
+    "converted": "Converted is the model before training.",
+    "recovered": "Recovered is the model after training.",
+    "exported": "Exported is what these files hold.",
 }
 # The last line of a card: an edited one is not overwritten.
 MARK = re.compile(r"\n<!-- written by transmla, ([0-9a-f]{16}); an edited card is not overwritten -->\n\Z")
@@ -40,13 +47,26 @@ def save_card(exported: Path, report: dict[str, Any], metadata: dict[str, Any], 
         return False
     figures = [name for name in FIGURES if (exported.parent / "figures" / name).is_file()]
     chat = any((exported / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
-    save_whole(file, signed(render_card(report, metadata, recipe, figures=figures, chat=chat)))
+    stored = stored_geometry(report["geometry"], read_json(exported / "config.json") or {})
+    save_whole(file, signed(render_card(report | {"stored": stored}, metadata, recipe, figures=figures, chat=chat)))
     for name in FIGURES:
         (exported / "figures" / name).unlink(missing_ok=True)
     for name in figures:
         (exported / "figures").mkdir(exist_ok=True)
         shutil.copyfile(exported.parent / "figures" / name, exported / "figures" / name)
     return True
+
+
+def stored_geometry(geometry: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The geometry as the files have it, and an engine allocates it: padded, or with a channel for biases.
+
+    Args:
+        geometry: the report's. config: the export's.
+    """
+    found = geometry | {name: config[name] for name in STORED if name in config}
+    found["cached_values_student"] = found["kv_lora_rank"] + found["qk_rope_head_dim"]
+    saved = 1 - found["cached_values_student"] / found["cached_values_source"]
+    return found | {"saving_percent": round(100 * saved, 2)}
 
 
 def signed(text: str) -> str:
@@ -70,14 +90,17 @@ def render_card(
     """The card's text, without paths of this machine.
 
     Args:
+        report: the content of report.json, and `stored`, the geometry of the files.
         figures: names of those that are beside it. chat: whether the tokenizer has a chat template.
     """
     source = metadata.get("source") or _known_by_name(report["source"])
     lines = ["---", front_matter(report, source), "---", "", f"# {report['recipe']}", "", *_summary(report, source), ""]
     lines += _source(source)
-    lines += _geometry(report["geometry"])
+    lines += _geometry(report["stored"], report["geometry"])
     for dataset in next(iter(report["quality"].values()), {}):
         lines += quality_table(report, dataset)
+    if report["quality"]:
+        lines += [f"{' '.join(NAMES[model] for model in report['quality'])}", ""]
     lines += task_tables(report["tasks"])
     lines += written_lines({"written": {}, "solve": report.get("solve") or {}})
     lines += recovered_table(report["recovered"])
@@ -104,7 +127,7 @@ def _link(source: dict[str, Any]) -> str:
 
 
 def _summary(report: dict[str, Any], source: dict[str, Any]) -> list[str]:
-    g = report["geometry"]
+    g = report["stored"]
     before, after, saved = g["cached_values_source"], g["cached_values_student"], g["saving_percent"]
     trained = any(stage["name"].startswith("recover.") for stage in report["stages"])
     how = "trained to predict what the original predicts" if trained else "not trained afterwards"
@@ -129,11 +152,13 @@ def _source(source: dict[str, Any]) -> list[str]:
     rows += [("its revision", f"`{source['revision']}`")] if "revision" in source else []
     rows += [("languages", ", ".join(source["language"]))] if "language" in source else []
     text = "This model is derived from the original, whose licence applies to it."
-    return ["## Source and licence", "", "| | |", "|---|---|", *_rows(rows), "", text, ""]
+    return ["## Source and licence", "", *_table(rows), "", text, ""]
 
 
-def _geometry(g: dict[str, Any]) -> list[str]:
+def _geometry(g: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """g: of the files. own: of the model, which may be smaller."""
     rows = [
+        ("dimension", "value"),
         ("layers", f"{g['num_hidden_layers']:,}"),
         ("hidden size", f"{g['hidden_size']:,}"),
         ("query heads", f"{g['num_attention_heads']:,}"),
@@ -144,7 +169,14 @@ def _geometry(g: dict[str, Any]) -> list[str]:
         ("`q_lora_rank`", "none" if g["q_lora_rank"] is None else f"{g['q_lora_rank']:,}"),
         ("cached values per token and layer", f"{g['cached_values_source']:,} → {g['cached_values_student']:,}"),
     ]
-    return ["## Geometry", "", "| | |", "|---|---|", *_rows(rows), ""]
+    lines = ["## Geometry", "", *_table(rows), ""]
+    if g["cached_values_student"] != own["cached_values_student"]:
+        lines += [
+            f"The model itself has a latent of {own['kv_lora_rank']:,} and a rope head of {own['qk_rope_head_dim']:,}, "
+            f"{own['cached_values_student']:,} values; the rest is padding or carries biases.",
+            "",
+        ]
+    return lines
 
 
 def _made(report: dict[str, Any]) -> list[str]:
@@ -196,5 +228,7 @@ def _limits(report: dict[str, Any], metadata: dict[str, Any], recipe: Recipe) ->
     return ["## Limits", "", *(f"- {row}" for row in rows), ""]
 
 
-def _rows(rows: list[tuple[str, str]]) -> list[str]:
-    return [f"| {name} | {value} |" for name, value in rows]
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    """Two columns; the first row is the head."""
+    head, *others = (f"| {name} | {value} |" for name, value in rows)
+    return [head, "|---|---|", *others]

@@ -85,9 +85,9 @@ def _snippet(stock: bool, chat: bool) -> list[str]:
         *([] if stock else ["import transmla  # registers the model's class"]),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", dtype="bfloat16", device_map="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained("{REPOSITORY}", dtype="bfloat16")',
         f'tokenizer = AutoTokenizer.from_pretrained("{REPOSITORY}")',
-        f"inputs = {asked}.to(model.device)",
+        f"inputs = {asked}",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))",
     ]
 

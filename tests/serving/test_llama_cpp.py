@@ -13,6 +13,7 @@ import torch
 
 from tests.stock_checkpoint import YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.export.gguf_file import save_gguf
+from transmla.export.gguf_pre_tokenizers import NAMES
 from transmla.run.engine_check import check_engine
 
 PYTHON = Path(os.environ.get("TRANSMLA_LLAMA_CPP_PYTHON", sys.executable))
@@ -25,6 +26,10 @@ TOKENIZERS = {
     "bytes": lambda: byte_pairs(),
     "bytes, first token": lambda: byte_pairs("<|turn|>"),
     "sentencepiece": lambda: sentencepiece(),
+    **{
+        name: lambda patterns=patterns, ignore=ignore: byte_pairs(patterns=patterns, ignore_merges=ignore)
+        for (patterns, ignore), name in NAMES.items()
+    },
 }
 CASES = {
     "plain": {},

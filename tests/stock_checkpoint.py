@@ -45,7 +45,7 @@ WORDS += [
     "&&",
     "t's",
 ]
-WORDS += ["Ã©", "lÃ©", "aĠ", "s,", "ä½", "â¦", ".1", "%Ġ", "HE", "eH", "eHE"]
+WORDS += ["Ã©", "lÃ©", "aĠ", "s,", "aä", "ä½", "â¦", ".1", "%Ġ", "HE", "eH", "eHE"]
 
 
 def stock_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, **fields: object) -> Path:
@@ -109,6 +109,7 @@ def byte_pairs(
         left, right = next((word[:cut], word[cut:]) for cut in range(len(word) - 1, 0, -1) if word[:cut] in vocab)
         merges.append((left, right))
         vocab.append(word)
+    vocab.append("Ġbig")  # no merges lead to it
     tokenizer = Tokenizer(
         models.BPE({token: number for number, token in enumerate(vocab)}, merges=merges, ignore_merges=ignore_merges)
     )

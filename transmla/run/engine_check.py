@@ -32,7 +32,7 @@ TOP = 256  # words that vLLM is asked for at every token
 PROMPT = 16  # tokens
 SAMPLE = 256  # tokens, of a checkpoint without its output directory
 TEXT = (
-    "I'd   say it's 12345 times as big,\n\n\tsaid  Zoë (the élève): «Ça va ?» 你好，世界 🦙🦙 x==y && z!=0\r\n"
+    "I'd   say it's 12345 times as big,\n\n\tsaid  Zoë (the élève): «Ça va ?» 你好，世界 a你好b 🦙🦙 theHEre x==y && z!=0\r\n"
     "She'LL RE-read it... 3.14159 % of 2,000,000!"
 )
 

@@ -6,12 +6,10 @@ Nothing heavy is imported before a verb is known and a recipe has passed its sch
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from transmla.errors import RecipeError
 from transmla.process.command import guarded
@@ -28,10 +26,13 @@ VERBS = {
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
+    "chat": "talk to the model of a folder in the terminal",
+    "push": "upload an export with its card and a manifest to the hub; private unless told otherwise",
     "env": "print versions, devices and paths, for a bug report",
 }
 RENAMED = {"traces": "write"}  # verbs of earlier versions
 EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
+FOLDER_VERBS = ("chat", "gguf", "push")  # of a folder that is there, with options in place of a recipe's keys
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
@@ -39,6 +40,8 @@ USAGE = "\n".join(
         "                           [--prompts N] [--new-tokens N]",
         "       transmla gguf DIR OUT [--type f32|bf16|q8_0|q4_k_m] [--pre NAME] [--python PATH]",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
+        "       transmla chat DIR [--temperature T] [--max-new-tokens N] [--device D] [--dtype T]",
+        "       transmla push DIR ORG/NAME [--public] [--dry-run] [--revision NAME]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
         "exit codes:",
@@ -58,12 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user's mistake or what the machine lacks, printed as one line that names the recipe key and the fix. A signal
         ends the process, with 128 + N.
     """
-    return guarded(lambda: _answer(arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return guarded(lambda: _answer(words), signals=words[0] != "chat")  # in a conversation Ctrl-C ends a reply
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
-    verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help") or "-h" in words or "--help" in words:
+def _answer(arguments: Sequence[str]) -> int:
+    verb, *words = arguments
+    if verb in ("-h", "--help") or (verb not in FOLDER_VERBS and ("-h" in words or "--help" in words)):
         print(USAGE)
         return 0
     verb = RENAMED.get(verb, verb)
@@ -72,10 +76,10 @@ def _answer(arguments: Sequence[str] | None) -> int:
         raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
     if verb == "env":
         return _env()
+    if verb in FOLDER_VERBS:
+        return {"push": _push, "chat": _chat, "gguf": _gguf}[verb](words)
     if verb == "verify" and words and not any(word.startswith("recipe=") for word in words):
         return _verify_folder(words)
-    if verb == "gguf":
-        return _gguf(words)
     return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
@@ -143,27 +147,10 @@ def _zoo(words: Sequence[str]) -> int:
     return run_zoo(names, overrides)
 
 
-class _Words(argparse.ArgumentParser):
-    """The words after a verb that takes no recipe."""
-
-    def error(self, message: str) -> NoReturn:
-        """One line instead of a page.
-
-        Raises:
-            RecipeError: always.
-        """
-        raise RecipeError(self.prog, f"{message}; transmla --help lists the words")
-
-
 def _verify_folder(words: Sequence[str]) -> int:
-    parser = _Words("verify", add_help=False, allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR", type=_path)
-    parser.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"))
-    parser.add_argument("--python", type=_path)
-    parser.add_argument("--gguf", type=_path)
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    asked = vars(parser.parse_args(words))
+    from transmla.process.options import verify_options
+
+    asked = vars(verify_options().parse_args(words))
     folder, engine = asked.pop("folder"), asked.pop("engine")
     if not folder.is_dir():  # before anything heavy is imported
         raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
@@ -185,14 +172,60 @@ def _verify_folder(words: Sequence[str]) -> int:
     return int(any(line.good is False for line in found))
 
 
+def _push(words: Sequence[str]) -> int:
+    from transmla.process.options import push_options
+
+    options = push_options()
+    if "-h" in words or "--help" in words:
+        options.print_help()
+        return 0
+    given = options.parse_args(words)
+    folder = _folder(given.folder, "push")
+    from transmla.run.push import push
+
+    print(
+        push(folder, given.repository, public=given.public, dry_run=given.dry_run, revision=given.revision), flush=True
+    )
+    return 0
+
+
+def _chat(words: Sequence[str]) -> int:
+    from transmla.process.options import chat_options
+
+    options = chat_options()
+    if "-h" in words or "--help" in words:
+        options.print_help()
+        return 0
+    given = options.parse_args(words)
+    folder = _folder(given.folder, "chat")
+    from transmla.run.chat import chat
+    from transmla.run.environment import quiet
+
+    quiet()
+    try:
+        chat(
+            folder,
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            device=given.device,
+            dtype=given.dtype,
+        )
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
+    return 0
+
+
+def _folder(name: str, verb: str) -> Path:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():  # before anything heavy is imported
+        raise RecipeError(verb, f"{folder} is no directory; name an output directory or an exported folder")
+    return folder
+
+
 def _gguf(words: Sequence[str]) -> int:
-    parser = _Words("gguf", add_help=False, allow_abbrev=False)
-    parser.add_argument("folder", metavar="DIR", type=_path)
-    parser.add_argument("out", metavar="OUT", type=_path)
-    parser.add_argument("--type", choices=("f32", "bf16", "q8_0", "q4_k_m"), default="bf16", dest="kind")
-    parser.add_argument("--pre")
-    parser.add_argument("--python", type=_path)
-    asked = vars(parser.parse_args(words))
+    from transmla.process.options import gguf_options
+
+    asked = vars(gguf_options().parse_args(words))
     if not asked["folder"].is_dir():
         raise RecipeError("gguf", f"{asked['folder']} is no directory; name an exported checkpoint")
     from transmla.export.gguf_file import save_gguf
@@ -201,10 +234,6 @@ def _gguf(words: Sequence[str]) -> int:
     quiet()
     save_gguf(**asked)
     return 0
-
-
-def _path(word: str) -> Path:
-    return Path(word).expanduser()
 
 
 def _env() -> int:

@@ -56,6 +56,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return contents(folder / "out")
 
 
+@pytest.mark.faults  # minutes long
 def test_stopped_again_and_again(straight: dict[str, str], tmp_path) -> None:
     """The weights are those of the run that was not stopped, to the last bit."""
     out = tmp_path / "out"

@@ -180,6 +180,14 @@ def refusal(
     return misfit(one, SIZES, CONFIG, torch.bfloat16, device, launch)
 
 
+def test_models_are_whole_before_they_are_in_shards(monkeypatch) -> None:
+    """15.2 GB of teacher and 15.7 GB of student, wherever their shards fit."""
+    eight, small = Launch("fsdp2", 8, 8), stage(trainer={"max_length": 128, "per_device_train_batch_size": 1})
+    assert refusal(small, 40, monkeypatch, eight) is None
+    assert "loaded whole before they are put in shards, 28.8 GiB" in refusal(small, 25, monkeypatch, eight)
+    assert refusal(small, 25, monkeypatch, Launch("zero2", 8, 8)) != refusal(small, 25, monkeypatch, eight)
+
+
 def test_what_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     one = stage(Layerwise)
     needed = training_memory(one, SIZES, CONFIG, torch.bfloat16) / GIB

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "distill, attention": ("distill", {"train": "attention", "cross_entropy": 0.2}, {}),
     "distill, recomputed": ("distill", {}, {"gradient_checkpointing": True}),
     "distill, adapters": ("distill", {"train": "lora", "lora": {"r": 4}}, {}),
+    "two latents, adapters": ("distill", {"train": "lora", "lora": {"r": 4}}, {"convert": {"latent_heads": 2}}),
+    "two tied latents": ("layerwise", {}, {"convert": {"latent_heads": 2, "tied": True}}),
     "sft": ("sft", {"relative_learning_rate": True}, {"learning_rate": 0.01}),
 }
 
@@ -223,6 +225,7 @@ def test_stopped_and_resumed_is_bitwise_the_unbroken_run(layout: str, folders, t
         torch.testing.assert_close(resumed["losses"], straight["losses"], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.faults  # minutes long
 def test_a_whole_recipe_by_its_launch_file(tmp_path) -> None:
     """`accelerate launch` with the shipped file, two processes: every stage, and the same report as of one."""
     reports = {}

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 
 from transmla.hardware import free_memory
 from transmla.plan.launched import LAUNCH_FILES, Launch
-from transmla.plan.memory import Sizes, memory_by_part
+from transmla.plan.memory import Sizes, memory_by_part, model_parameters
+from transmla.recipe.launch_file import IN_PARTS
 from transmla.recipe.names import share
 from transmla.recipe.stages import AnyStage, OnPolicy
 
@@ -28,6 +29,13 @@ def stage_parts(
     return memory_by_part(
         stage, sizes, config, dtype, layout=launch.layout, processes=launch.processes, offloaded=launch.offloaded
     )
+
+
+def loaded_bytes(stage: AnyStage, sizes: Sizes, dtype: torch.dtype, launch: Launch) -> int:
+    """Bytes that the models of a stage take of a device before they are put in shards; 0 where they never are."""
+    if launch.layout not in IN_PARTS:
+        return 0
+    return torch.finfo(dtype).bits // 8 * model_parameters(stage, sizes, apart=True)
 
 
 def describe_parts(parts: dict[str, int]) -> str:
@@ -52,11 +60,18 @@ def misfit(
 ) -> str | None:
     """Why a stage does not fit, with the cheapest ways out; None: it does, as far as can be told."""
     parts, (room, place) = stage_parts(stage, sizes, config, dtype, launch), room_of(device, launch)
+    loaded = loaded_bytes(stage, sizes, dtype, launch)
+    if loaded > room:
+        return (
+            f"student and teacher are loaded whole before they are put in shards, {loaded / GIB:.1f} GiB, and "
+            f"{room / GIB:.1f} GiB of {place} are free; use devices with more memory"
+        )
     if SURE * sum(parts.values()) <= room:
         return None
     ways = []
     for words, other, otherwise in _ways_out(stage, launch, device):
         needed = sum(stage_parts(other, sizes, config, dtype, otherwise).values())
+        needed = max(needed, loaded_bytes(other, sizes, dtype, otherwise))
         if needed <= room:
             ways.append(f"{words} ({needed / GIB:.1f} GiB)")
     out = f"cheapest ways out: {'; '.join(ways[:WAYS])}" if ways else "use shorter rows, or devices with more memory"

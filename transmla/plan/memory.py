@@ -88,7 +88,7 @@ def memory_by_part(
     width, trained = torch.finfo(dtype).bits // 8, sizes.trained(stage)
     share = 1 if layout == "whole" else processes
     in_shards, by_deepspeed = layout in ("fsdp2", "zero3"), layout.startswith("zero")
-    models = _parameters(stage, sizes, apart=in_shards)
+    models = model_parameters(stage, sizes, apart=in_shards)
     weights = width * models + (0 if by_deepspeed else (4 - width) * trained)
     moments = _moment_bytes(stage) * trained + (4 * trained if by_deepspeed else 0)
     copies = 2 if layout == "whole" and processes > 1 else 1
@@ -131,7 +131,7 @@ def _teacher(stage: AnyStage, sizes: Sizes) -> int:
     return 0 if silent else sizes.source
 
 
-def _parameters(stage: AnyStage, sizes: Sizes, *, apart: bool) -> int:
+def model_parameters(stage: AnyStage, sizes: Sizes, *, apart: bool) -> int:
     """Of student, adapters and teacher, a shared trunk once. apart: whether nothing is shared."""
     teacher, adapters = _teacher(stage, sizes), sizes.trained(stage) if stage.train == "lora" else 0
     another = stage.kind == "distill" and not isinstance(stage.teacher, str)

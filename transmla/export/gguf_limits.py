@@ -1,4 +1,4 @@
-"""What llama.cpp reads wrongly or not at all of a checkpoint: seen from its configuration, before a file is made of it."""
+"""What llama.cpp reads wrongly or not at all of a checkpoint, seen from its configuration before a file is made."""
 
 from __future__ import annotations
 

@@ -24,6 +24,28 @@ YARN = {
 }
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["th", "he", "the", "Ġthe", "in", "ing", "Ġa", "er", "re", "an", "and"]
+# Pairs that a way of cutting text forbids or not: digits, spaces, line ends, apostrophes, signs, accents.
+WORDS += [
+    "12",
+    "123",
+    "1234",
+    "00",
+    "000",
+    "ĠĠ",
+    "ĠĠĠ",
+    "ĊĊ",
+    "ĊĊĉ",
+    "čĊ",
+    "'s",
+    "'d",
+    "'L",
+    "Ġ(",
+    "==",
+    "Ġ&",
+    "&&",
+    "t's",
+]
+WORDS += ["Ã©", "lÃ©", "aĠ", "s,", "aä", "ä½", "â¦", ".1", "%Ġ", "HE", "eH", "eHE"]
 
 
 def stock_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, **fields: object) -> Path:
@@ -78,17 +100,22 @@ def stock_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, **fields:
     return folder
 
 
-def byte_pairs(first: str | None = None) -> PreTrainedTokenizerFast:
-    """Byte pairs cut as Qwen2's are. first: a token put before every text."""
+def byte_pairs(
+    first: str | None = None, patterns: tuple[str, ...] = (QWEN2,), *, ignore_merges: bool = False
+) -> PreTrainedTokenizerFast:
+    """Byte pairs. first: a token put before every text. patterns: where text is cut before pairs are merged."""
     merges, vocab = [], ["<|end|>", *BYTES]
     for word in WORDS:
         left, right = next((word[:cut], word[cut:]) for cut in range(len(word) - 1, 0, -1) if word[:cut] in vocab)
         merges.append((left, right))
         vocab.append(word)
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(vocab)}, merges=merges))
+    vocab.append("Ġbig")  # no merges lead to it
+    tokenizer = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(vocab)}, merges=merges, ignore_merges=ignore_merges)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2), behavior="isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -13,6 +13,7 @@ import torch
 
 from tests.stock_checkpoint import YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.export.gguf_file import save_gguf
+from transmla.export.gguf_pre_tokenizers import NAMES
 from transmla.run.engine_check import check_engine
 
 PYTHON = Path(os.environ.get("TRANSMLA_LLAMA_CPP_PYTHON", sys.executable))
@@ -25,13 +26,16 @@ TOKENIZERS = {
     "bytes": lambda: byte_pairs(),
     "bytes, first token": lambda: byte_pairs("<|turn|>"),
     "sentencepiece": lambda: sentencepiece(),
+    **{
+        name: lambda patterns=patterns, ignore=ignore: byte_pairs(patterns=patterns, ignore_merges=ignore)
+        for (patterns, ignore), name in NAMES.items()
+    },
 }
 CASES = {
     "plain": {},
     "query latent": {"q_lora_rank": 32},
     "tied": {"tie_word_embeddings": True},
     "yarn": {"rope_parameters": YARN},
-    "yarn of another scale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
     "27 layers": {"num_hidden_layers": 27, "first_k_dense_replace": 27, "initializer_range": 0.05},
     "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
 }
@@ -68,3 +72,13 @@ def test_another_model_is_a_miss(tmp_path: Path) -> None:
     other = stock_checkpoint(tmp_path / "other", byte_pairs(), initializer_range=0.21)
     save_gguf(other, tmp_path / "it.gguf", "f32")
     assert len(missed(folder, gguf=tmp_path / "it.gguf")) >= 1
+
+
+def test_it_takes_some_depths_for_another_model(tmp_path: Path, monkeypatch) -> None:
+    """Why those are refused: with a query latent 27 layers do not load."""
+    fields = dict(num_hidden_layers=27, first_k_dense_replace=27, q_lora_rank=16)
+    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), **fields)
+    monkeypatch.setattr("transmla.export.gguf_file.unreadable", lambda config: None)
+    save_gguf(folder, tmp_path / "it.gguf", "f32")
+    found = check_engine(folder, "llama.cpp", python=PYTHON, gguf=tmp_path / "it.gguf")
+    assert len(found) == 1 and found[0].detail.startswith("it does not run the checkpoint: ")

@@ -32,6 +32,7 @@ STOCK = {
     "other_eps": {"rms_norm_eps": 1e-5},
     "no_query_latent": {"q_lora_rank": None},
     "query_latent": {"q_lora_rank": 16},
+    "lite_depth": {"q_lora_rank": 16, "num_hidden_layers": 27, "first_k_dense_replace": 27},
     "fast_dimensions": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
     "other_dimensions": {"kv_lora_rank": 513},
     "rope_default": {},
@@ -116,7 +117,8 @@ def test_the_base_is_read_everywhere() -> None:
 
 @pytest.mark.parametrize("feature", TABLE["features"])
 def test_a_configuration_has_its_feature(feature: str) -> None:
-    others = {"all_dense", "no_query_latent", "fast_dimensions", "rope_default", "own_class", "own_window"}
+    others = {"all_dense", "no_query_latent", "query_latent", "fast_dimensions", "rope_default"}
+    others |= {"own_class", "own_window"}
     found = set(features_with(feature))
     assert feature in found and found - {feature} <= others
 

@@ -65,6 +65,7 @@ def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str,
         "other_eps": config.rms_norm_eps != EPS,
         "no_query_latent": config.q_lora_rank is None,
         "query_latent": config.q_lora_rank is not None,
+        "lite_depth": config.q_lora_rank is not None and _is_lite(config),
         "fast_dimensions": (config.kv_lora_rank, config.qk_rope_head_dim) == padded,
         "other_dimensions": (config.kv_lora_rank, config.qk_rope_head_dim) != padded,
         **{f"rope_{kind}": True for kind in sorted(rope_types(config) - {"yarn"})},
@@ -74,6 +75,11 @@ def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str,
         "other_activation": config.hidden_act != "silu",
     }
     return tuple(name for name, there in found.items() if there)
+
+
+def _is_lite(config: PretrainedConfig) -> bool:
+    """Whether llama.cpp takes a checkpoint for DeepSeek-V2-Lite or its like, by its depth and vocabulary."""
+    return config.num_hidden_layers in (26, 27) or (config.num_hidden_layers, config.vocab_size) == (48, 128256)
 
 
 def _is_yarn(config: PretrainedConfig) -> bool:

@@ -45,8 +45,8 @@ class Bound:
     kl: float
 
 
-# By how the weights are stored, finer ones first. Quantised weights are other weights: their distance is stated, and bounded where more
-# than the format's own error must be the reason.
+# By how the weights are stored, finer ones first. Quantised weights are other weights: their distance is stated, and
+# bounded where more than the format's own error must be the reason.
 BOUNDS = {
     "float32": Bound(DEFAULT_TOLERANCE[torch.float32], 1e-5),
     "bfloat16": Bound(DEFAULT_TOLERANCE[torch.bfloat16], MAX_KL),

@@ -150,6 +150,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
             lines.append(f"             refused on this machine: recover.{index}: {reason}")
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",
+        *([f"             read by {', '.join(readers)}"] if (readers := prepared.export.readers) else []),
         *(f"             note: {note}" for note in prepared.export.notes),
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",

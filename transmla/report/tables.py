@@ -85,7 +85,7 @@ def task_tables(tasks: dict[str, Any]) -> list[str]:
         "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and "
         "only questions on which they differ count. A difference whose interval holds 0 may be chance. "
         "Length-normalised: the choice with the highest log-likelihood a character. The average takes every task as "
-        "one. Every answer: `answers.jsonl`.",
+        "one.",
         "",
     ]
 
@@ -111,6 +111,16 @@ def threshold_table(required: list[dict[str, Any]]) -> list[str]:
     for entry in required:
         value = "nothing" if entry["value"] is None else f"{entry['value']:.4g}"
         lines.append(_cells(entry["requirement"], value, "met" if entry["met"] else "**missed**"))
+    return [*lines, ""]
+
+
+def engine_table(engines: dict[str, Any]) -> list[str]:
+    """Which serving engine reads the checkpoint rightly, and how that is known."""
+    if not engines:
+        return []
+    lines = [_head("engine", "reads it", "version")]
+    for engine, found in engines.items():
+        lines.append(_cells(engine, "yes" if found["reads"] else "**no**", found["checked"]))
     return [*lines, ""]
 
 

@@ -257,7 +257,7 @@ class Fingerprints:
         return fingerprint(
             {
                 "input": self.student,
-                "export": self.recipe.export.model_dump(mode="json"),
+                "export": self.recipe.export.content(),
                 "format": self.prepared.export.name,
             }
         )

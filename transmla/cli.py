@@ -1,7 +1,7 @@
 """Command line: `transmla VERB recipe=NAME [key.sub=value ...]`; `recover.py` is the verb `recover`.
 
 Nothing heavy is imported before a verb is known and a recipe has passed its schema: help and a wrong key answer at
-    once.
+once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ def _answer(arguments: Sequence[str]) -> int:
     if verb == "env":
         return _env()
     if verb in FOLDER_VERBS:
-        return {"push": _push, "chat": _chat, "gguf": _gguf}[verb](words)
+        try:
+            return {"push": _push, "chat": _chat, "gguf": _gguf}[verb](words)
+        except SystemExit:  # argparse has printed the verb's help
+            return 0
     if verb == "verify" and words and not any(word.startswith("recipe=") for word in words):
         return _verify_folder(words)
     return _zoo(words) if verb == "zoo" else _run(verb, words)
@@ -150,24 +153,21 @@ def _zoo(words: Sequence[str]) -> int:
 def _verify_folder(words: Sequence[str]) -> int:
     from transmla.process.options import verify_options
 
-    asked = vars(verify_options().parse_args(words))
-    folder, engine = asked.pop("folder"), asked.pop("engine")
-    if not folder.is_dir():  # before anything heavy is imported
-        raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
-    if engine is None and (asked["python"] or asked["gguf"]):
+    given = verify_options().parse_args(words)
+    folder = _folder(given.folder, "verify", "an output directory, or recipe=NAME")
+    if given.engine is None and (given.python or given.gguf):
         raise RecipeError("verify", "--python and --gguf are for an engine; name it with --engine")
-    if min(asked["prompts"], asked["new_tokens"]) < 1:
-        raise RecipeError("verify", "--prompts and --new-tokens are counts from 1 on")
     from transmla.run.environment import quiet
     from transmla.run.finished_folder import table, verify_folder
 
     quiet()
-    if engine is None:
+    if given.engine is None:
         found = verify_folder(folder)
     else:
         from transmla.run.engine_check import check_engine
 
-        found = check_engine(folder, engine, **asked)
+        asked = {"python": given.python, "gguf": given.gguf, "prompts": given.prompts, "new_tokens": given.new_tokens}
+        found = check_engine(folder, given.engine, **asked)
     print(table(found))
     return int(any(line.good is False for line in found))
 
@@ -175,11 +175,7 @@ def _verify_folder(words: Sequence[str]) -> int:
 def _push(words: Sequence[str]) -> int:
     from transmla.process.options import push_options
 
-    options = push_options()
-    if "-h" in words or "--help" in words:
-        options.print_help()
-        return 0
-    given = options.parse_args(words)
+    given = push_options().parse_args(words)
     folder = _folder(given.folder, "push")
     from transmla.run.push import push
 
@@ -192,11 +188,7 @@ def _push(words: Sequence[str]) -> int:
 def _chat(words: Sequence[str]) -> int:
     from transmla.process.options import chat_options
 
-    options = chat_options()
-    if "-h" in words or "--help" in words:
-        options.print_help()
-        return 0
-    given = options.parse_args(words)
+    given = chat_options().parse_args(words)
     folder = _folder(given.folder, "chat")
     from transmla.run.chat import chat
     from transmla.run.environment import quiet
@@ -215,25 +207,28 @@ def _chat(words: Sequence[str]) -> int:
     return 0
 
 
-def _folder(name: str, verb: str) -> Path:
-    folder = Path(name).expanduser()
-    if not folder.is_dir():  # before anything heavy is imported
-        raise RecipeError(verb, f"{folder} is no directory; name an output directory or an exported folder")
-    return folder
-
-
 def _gguf(words: Sequence[str]) -> int:
     from transmla.process.options import gguf_options
 
-    asked = vars(gguf_options().parse_args(words))
-    if not asked["folder"].is_dir():
-        raise RecipeError("gguf", f"{asked['folder']} is no directory; name an exported checkpoint")
+    given = gguf_options().parse_args(words)
+    folder = _folder(given.folder, "gguf", "an exported checkpoint")
     from transmla.export.gguf_file import save_gguf
     from transmla.run.environment import quiet
 
     quiet()
-    save_gguf(**asked)
+    save_gguf(folder, given.out, given.type, pre=given.pre, python=given.python)
     return 0
+
+
+def _folder(folder: Path, verb: str, wanted: str = "an output directory or an exported folder") -> Path:
+    """A directory that is there, before anything heavy is imported.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if not folder.is_dir():
+        raise RecipeError(verb, f"{folder} is no directory; name {wanted}")
+    return folder
 
 
 def _env() -> int:

@@ -221,7 +221,7 @@ def test_the_result_of_a_run(plain: Path, tmp_path: Path, said) -> None:
         (["."], "has no model (config.json)"),
         (["MODEL", "--temperature", "-1"], "-1 is no temperature"),
         (["MODEL", "--temperature", "nan"], "nan is no temperature"),
-        (["MODEL", "--max-new-tokens", "0"], "0 is no number of tokens"),
+        (["MODEL", "--max-new-tokens", "0"], "0 is no whole number from 1 on"),
         (["MODEL", "--dtype", "float16"], "invalid choice: 'float16'"),
         (["MODEL", "--device", "cuda"], "device: cuda was asked for, but no CUDA device is visible"),
         ([], "the following arguments are required: DIR"),

@@ -139,7 +139,7 @@ WORDS = {
     "a GGUF for vLLM": (["--engine", "vllm", "--gguf", "it.gguf"], "--gguf is what llama.cpp reads"),
     "a GGUF that is none": (["--engine", "llama.cpp", "--gguf", __file__], "is no GGUF that can be read"),
     "a lost GGUF": (["--engine", "llama.cpp", "--gguf", "nowhere.gguf"], "nowhere.gguf is not there"),
-    "no prompts": (["--engine", "transformers", "--prompts", "0"], "counts from 1 on"),
+    "no prompts": (["--engine", "transformers", "--prompts", "0"], "0 is no whole number from 1 on"),
 }
 
 

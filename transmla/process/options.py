@@ -21,7 +21,7 @@ class Options(argparse.ArgumentParser):
 def push_options() -> Options:
     """Of `transmla push`."""
     options = Options("transmla push", description="Upload an export with its card and a SHA-256 manifest to the hub.")
-    options.add_argument("folder", metavar="DIR", help="output directory of a finished recipe, or its exported folder")
+    options.add_argument("folder", metavar="DIR", type=_path, help="output directory of a recipe, or its export")
     options.add_argument("repository", metavar="ORG/NAME", help="repository of the hub, made where it is missing")
     options.add_argument("--public", action="store_true", help="a new repository that everybody can read")
     options.add_argument("--dry-run", action="store_true", help="check and list everything, without the network")
@@ -32,7 +32,7 @@ def push_options() -> Options:
 def chat_options() -> Options:
     """Of `transmla chat`."""
     options = Options("transmla chat", description="Talk to an exported or recovered model in the terminal.")
-    options.add_argument("folder", metavar="DIR", help="folder of a model, or output directory of a recipe")
+    options.add_argument("folder", metavar="DIR", type=_path, help="folder of a model, or output directory of a recipe")
     options.add_argument("--max-new-tokens", type=_count, default=512, metavar="N", help="longest reply (default: 512)")
     options.add_argument(
         "--temperature", type=_temperature, metavar="T", help="0: likeliest token (default: as the model's files say)"
@@ -50,8 +50,8 @@ def verify_options() -> Options:
     options.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"), help="that reads the export")
     options.add_argument("--python", type=_path, metavar="PATH", help="of the engine's own environment")
     options.add_argument("--gguf", type=_path, metavar="FILE", help="that llama.cpp reads")
-    options.add_argument("--prompts", type=int, default=4, metavar="N")
-    options.add_argument("--new-tokens", type=int, default=32, metavar="N")
+    options.add_argument("--prompts", type=_count, default=4, metavar="N", help="how many (default: 4)")
+    options.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="after each (default: 32)")
     return options
 
 
@@ -60,7 +60,7 @@ def gguf_options() -> Options:
     options = Options("transmla gguf", description="Write the GGUF of an exported checkpoint, for llama.cpp.")
     options.add_argument("folder", metavar="DIR", type=_path, help="an exported checkpoint")
     options.add_argument("out", metavar="OUT", type=_path, help="the file to write")
-    options.add_argument("--type", choices=("f32", "bf16", "q8_0", "q4_k_m"), default="bf16", dest="kind")
+    options.add_argument("--type", choices=("f32", "bf16", "q8_0", "q4_k_m"), default="bf16")
     options.add_argument("--pre", metavar="NAME", help="llama.cpp's name of how the tokenizer splits words")
     options.add_argument("--python", type=_path, metavar="PATH", help="of an environment with llama-cpp-python")
     return options
@@ -73,7 +73,7 @@ def _path(word: str) -> Path:
 def _count(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if not 0 < number <= 2**20:
-        raise argparse.ArgumentTypeError(f"{text} is no number of tokens")
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
     return number
 
 

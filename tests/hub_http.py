@@ -57,7 +57,7 @@ class Hub(Protocol):
 
     def accepts(self, headers: Message) -> bool: ...
 
-    def answer(self, method: str, url: str, headers: Message, form: str) -> Answer: ...
+    def answer(self, method: str, url: str, headers: Message, body: bytes) -> Answer: ...
 
 
 class Listener(ThreadingHTTPServer):
@@ -83,8 +83,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        answer = self.hub.answer(self.command, self.path, self.headers, body.decode(errors="replace"))
+        body = self._body()
+        answer = self.hub.answer(self.command, self.path, self.headers, body)
         path, authorized = urlsplit(self.path).path, self.hub.accepts(self.headers)
         request = Request(self.command, path, answer.status, self.headers.get("Range"), authorized)
         self.hub.log.append(request)
@@ -100,5 +100,15 @@ class Handler(BaseHTTPRequestHandler):
         for chunk in chunks(answer.body, answer.start, answer.start + limit):
             request.sent += len(chunk)  # before the write, so that a client that has the file finds it in the log
             self.wfile.write(chunk)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET

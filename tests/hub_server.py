@@ -6,7 +6,7 @@
         assert "model.safetensors" in server.downloads("org/tiny")
 
 It serves what huggingface_hub, transformers and datasets read: repository facts, file trees, and files with ranges.
-It is read-only, and it has no xet storage, no search and no dataset viewer.
+It takes uploads in the name of the owners in `allowed`, and it has no xet storage, no search and no dataset viewer.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tests.hub_repository import (
     repository_facts,
     tree_entry,
 )
+from tests.hub_writing import Uploads
 
 VERBS = "revision|tree|paths-info|refs|commits|auth-check"
 NAME = rf"[^/]+(?:/(?!(?:{VERBS})(?:/|$))[^/]+)?"
@@ -58,11 +59,13 @@ class HubServer:
         self.page = page  # entries per page of a tree listing
         self.log: list[Request] = []
         self._repositories: dict[tuple[str, str], Repository] = {}
+        self.allowed: set[str] = set()  # owners in whose name the token may write
+        self.uploads = Uploads(self._repositories, self.allowed)
         self._renamed: dict[str, str] = {}
         self._cuts: dict[tuple[str, str], int] = {}
         self._down = False
         self._listener = Listener(("127.0.0.1", 0), partial(Handler, self))
-        self.endpoint = f"http://127.0.0.1:{self._listener.server_port}"
+        self.uploads.endpoint = self.endpoint = f"http://127.0.0.1:{self._listener.server_port}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
@@ -155,11 +158,14 @@ class HubServer:
         """Whether a request carries the token of this hub."""
         return headers.get("Authorization") == f"Bearer {self.token}"
 
-    def answer(self, method: str, url: str, headers: Message, form: str) -> Answer:
+    def answer(self, method: str, url: str, headers: Message, body: bytes) -> Answer:
         """What a request gets: refusals in the order down, renamed, missing, private, gated; then the content."""
-        path, query = urlsplit(url).path, parse_qs(urlsplit(url).query) | parse_qs(form)
+        path, query = urlsplit(url).path, parse_qs(urlsplit(url).query)
         if self._down:
             return Answer.error(503, "Service Unavailable", **{"Retry-After": "0"})
+        if (written := self.uploads.answer(method, path, body, self.accepts(headers))) is not None:
+            return written
+        query |= parse_qs(body.decode(errors="replace"))
         if path == "/api/whoami-v2":
             return self._whoami(headers)
         match = FILE.fullmatch(path) or API.fullmatch(path)

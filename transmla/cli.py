@@ -1,7 +1,7 @@
 """Command line: `transmla VERB recipe=NAME [key.sub=value ...]`; `recover.py` is the verb `recover`.
 
 Nothing heavy is imported before a verb is known and a recipe has passed its schema: help and a wrong key answer at
-    once.
+once.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from transmla.errors import RecipeError
 from transmla.process.command import guarded
@@ -20,19 +21,27 @@ VERBS = {
     "convert": "only make the converted student",
     "record": "keep the teacher's top-k log-probabilities for the stages whose teacher is recorded",
     "export": "only export the recovered student, with verification",
-    "verify": "check an export again in a fresh process; with DIR a whole output directory, without its recipe",
+    "verify": "check an export again in a fresh process; with DIR a whole output directory, or a serving engine",
+    "gguf": "write the GGUF of an exported checkpoint, for llama.cpp",
     "evaluate": "evaluate whatever models are there and write the report",
     "bench": "time the kernels and some steps of every stage at the recipe's shape, with random weights",
     "zoo": "convert several recipes and write one table; all of recipes/zoo where none is named",
+    "chat": "talk to the model of a folder in the terminal",
+    "push": "upload an export with its card and a manifest to the hub; private unless told otherwise",
     "env": "print versions, devices and paths, for a bug report",
 }
 RENAMED = {"traces": "write"}  # verbs of earlier versions
 EXPORTING = ("recover", "export", "verify", "evaluate")  # verbs that make the final checkpoint or look at it
+FOLDER_VERBS = ("chat", "gguf", "push")  # of a folder that is there, with options in place of a recipe's keys
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
-        "       transmla verify DIR",
+        "       transmla verify DIR [--engine transformers|vllm|llama.cpp] [--python PATH] [--gguf FILE]",
+        "                           [--prompts N] [--new-tokens N]",
+        "       transmla gguf DIR OUT [--type f32|bf16|q8_0|q4_k_m] [--pre NAME] [--python PATH]",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
+        "       transmla chat DIR [--temperature T] [--max-new-tokens N] [--device D] [--dtype T]",
+        "       transmla push DIR ORG/NAME [--public] [--dry-run] [--revision NAME]",
         "       transmla env",
         *(f"  {verb:9} {text}" for verb, text in VERBS.items()),
         "exit codes:",
@@ -52,12 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         user's mistake or what the machine lacks, printed as one line that names the recipe key and the fix. A signal
         ends the process, with 128 + N.
     """
-    return guarded(lambda: _answer(arguments))
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return guarded(lambda: _answer(words), signals=words[0] != "chat")  # in a conversation Ctrl-C ends a reply
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
-    verb, *words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help") or "-h" in words or "--help" in words:
+def _answer(arguments: Sequence[str]) -> int:
+    verb, *words = arguments
+    if verb in ("-h", "--help") or (verb not in FOLDER_VERBS and ("-h" in words or "--help" in words)):
         print(USAGE)
         return 0
     verb = RENAMED.get(verb, verb)
@@ -66,8 +76,13 @@ def _answer(arguments: Sequence[str] | None) -> int:
         raise RecipeError("verb", f"unknown verb {verb!r}; use one of: {', '.join(VERBS)}")
     if verb == "env":
         return _env()
-    if verb == "verify" and len(words) == 1 and not words[0].startswith("recipe="):
-        return _verify_folder(words[0])
+    if verb in FOLDER_VERBS:
+        try:
+            return {"push": _push, "chat": _chat, "gguf": _gguf}[verb](words)
+        except SystemExit:  # argparse has printed the verb's help
+            return 0
+    if verb == "verify" and words and not any(word.startswith("recipe=") for word in words):
+        return _verify_folder(words)
     return _zoo(words) if verb == "zoo" else _run(verb, words)
 
 
@@ -135,19 +150,85 @@ def _zoo(words: Sequence[str]) -> int:
     return run_zoo(names, overrides)
 
 
-def _verify_folder(name: str) -> int:
-    from pathlib import Path
+def _verify_folder(words: Sequence[str]) -> int:
+    from transmla.process.options import verify_options
 
-    folder = Path(name).expanduser()
-    if not folder.is_dir():  # before anything heavy is imported
-        raise RecipeError("verify", f"{folder} is no directory; name an output directory, or recipe=NAME")
+    given = verify_options().parse_args(words)
+    folder = _folder(given.folder, "verify", "an output directory, or recipe=NAME")
+    if given.engine is None and (given.python or given.gguf):
+        raise RecipeError("verify", "--python and --gguf are for an engine; name it with --engine")
     from transmla.run.environment import quiet
     from transmla.run.finished_folder import table, verify_folder
 
     quiet()
-    found = verify_folder(folder)
+    if given.engine is None:
+        found = verify_folder(folder)
+    else:
+        from transmla.run.engine_check import check_engine
+
+        asked = {"python": given.python, "gguf": given.gguf, "prompts": given.prompts, "new_tokens": given.new_tokens}
+        found = check_engine(folder, given.engine, **asked)
     print(table(found))
     return int(any(line.good is False for line in found))
+
+
+def _push(words: Sequence[str]) -> int:
+    from transmla.process.options import push_options
+
+    given = push_options().parse_args(words)
+    folder = _folder(given.folder, "push")
+    from transmla.run.push import push
+
+    print(
+        push(folder, given.repository, public=given.public, dry_run=given.dry_run, revision=given.revision), flush=True
+    )
+    return 0
+
+
+def _chat(words: Sequence[str]) -> int:
+    from transmla.process.options import chat_options
+
+    given = chat_options().parse_args(words)
+    folder = _folder(given.folder, "chat")
+    from transmla.run.chat import chat
+    from transmla.run.environment import quiet
+
+    quiet()
+    try:
+        chat(
+            folder,
+            max_new_tokens=given.max_new_tokens,
+            temperature=given.temperature,
+            device=given.device,
+            dtype=given.dtype,
+        )
+    except KeyboardInterrupt:  # while the model was loaded
+        return 130
+    return 0
+
+
+def _gguf(words: Sequence[str]) -> int:
+    from transmla.process.options import gguf_options
+
+    given = gguf_options().parse_args(words)
+    folder = _folder(given.folder, "gguf", "an exported checkpoint")
+    from transmla.export.gguf_file import save_gguf
+    from transmla.run.environment import quiet
+
+    quiet()
+    save_gguf(folder, given.out, given.type, pre=given.pre, python=given.python)
+    return 0
+
+
+def _folder(folder: Path, verb: str, wanted: str = "an output directory or an exported folder") -> Path:
+    """A directory that is there, before anything heavy is imported.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if not folder.is_dir():
+        raise RecipeError(verb, f"{folder} is no directory; name {wanted}")
+    return folder
 
 
 def _env() -> int:

@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 from transmla.errors import RecipeError
 from transmla.recipe.schema import Convert
 
+MOST_RANKS = 8  # of tensor parallelism, in a plan: the cards of one host
+
 
 @dataclass(frozen=True)
 class MLAGeometry:
@@ -17,7 +19,9 @@ class MLAGeometry:
 
     Channel m of the rope head rotates at the source's frequency number `collapse * m`. Those are the frequencies of a
     stock rope of dimension P = `qk_rope_head_dim` with `rope_theta` raised to the power `collapse` * P / d: the
-    source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer.
+    source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer. latent_heads: latents
+    that `kv_lora_rank` is cut into, each for its share of the heads. tied: a head's value is its latent, the key
+    without rotation the latent's first half.
     """
 
     hidden_size: int
@@ -34,6 +38,8 @@ class MLAGeometry:
     collapse: int
     latent_norm: bool = False  # RMSNorm on the latents
     folded_biases: bool = False  # queries, keys and values have none
+    latent_heads: int = 1
+    tied: bool = False
 
     @property
     def theta_power(self) -> float:
@@ -55,6 +61,28 @@ class MLAGeometry:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def latent_size(self) -> int:
+        """Values of one latent."""
+        return self.kv_lora_rank // self.latent_heads
+
+    @property
+    def cache_by_ranks(self) -> list[dict[str, int]]:
+        """Values per token and layer on each of so many `ranks` of tensor parallelism: of the `source` (a rank has one
+        key/value head at least), of the student in `stock` DeepSeek engines, which keep all latents on every rank, and
+        `split`: where a rank keeps the latents of its own heads."""
+        heads, shared = self.num_attention_heads, (self.num_key_value_heads, self.latent_heads)
+        return [
+            {
+                "ranks": ranks,
+                "source": 2 * self.head_dim * max(1, self.num_key_value_heads // ranks),
+                "stock": self.cache,
+                "split": self.latent_size * max(1, self.latent_heads // ranks) + self.qk_rope_head_dim,
+            }
+            for ranks in range(1, max(MOST_RANKS, self.latent_heads) + 1)
+            if heads % ranks == 0 and all(whole % ranks == 0 or ranks % whole == 0 for whole in shared)
+        ]
+
+    @property
     def saving(self) -> float:
         """Share of the cache that is saved, in [0, 1]; negative where the student caches more."""
         return 1.0 - self.cache / self.source_cache
@@ -65,6 +93,7 @@ class MLAGeometry:
             "cached_values_source": self.source_cache,
             "cached_values_student": self.cache,
             "saving_percent": round(100 * self.saving, 2),
+            "cached_values_by_ranks": self.cache_by_ranks,
         }
 
 
@@ -83,7 +112,8 @@ def derive_geometry(config: PretrainedConfig, convert: Convert, freqfold: tuple[
 
     Raises:
         RecipeError: a rank above what the model has, a rope dimension that is odd or above the head dimension, a
-            collapse whose channels the head does not have, a freqfold that collapse does not divide.
+            collapse whose channels the head does not have, a freqfold that collapse does not divide, latents that
+            heads or rank cannot be shared among.
 
     What is still `auto` gets a provisional value: the first of `candidates`, and one channel a band.
     """
@@ -134,7 +164,8 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
             raise RecipeError(
                 "convert.freqfold", f"{fold} is above the {pairs} frequencies of a head; use a smaller one"
             )
-    full = full_rank(config)
+    _check_latents(convert, groups, latent, rope)
+    full = full_rank(config, convert.latent_heads)
     if latent > full:
         raise RecipeError(
             "convert.kv_lora_rank",
@@ -146,28 +177,63 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
             "convert.q_lora_rank",
             f"{convert.q_lora_rank} is above the rank of the model's queries; use at most {full_query} or null",
         )
+    size = latent // convert.latent_heads
     return MLAGeometry(
         hidden_size=hidden,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=head_dim,
-        qk_nope_head_dim=head_dim,
+        qk_nope_head_dim=size // 2 if convert.tied else head_dim,
         qk_rope_head_dim=rope,
-        v_head_dim=head_dim,
+        v_head_dim=size if convert.tied else head_dim,
         kv_lora_rank=latent,
         q_lora_rank=convert.q_lora_rank,
         freqfold=folds,
         collapse=collapse,
         latent_norm=convert.latent_norm,
         folded_biases=convert.biases == "fold",
+        latent_heads=convert.latent_heads,
+        tied=convert.tied,
     )
 
 
-def full_rank(config: PretrainedConfig) -> int:
-    """The rank of a source's keys and values together, min(2·G·d, D): a latent of that rank loses nothing."""
+def _check_latents(convert: Convert, groups: int, latent: int, rope: int) -> None:
+    """Several latents, and tied ones: whether heads, rank and norm can be shared among them.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    count, size = convert.latent_heads, latent // convert.latent_heads
+    if groups % count:
+        possible = [n for n in range(1, groups + 1) if groups % n == 0]
+        raise RecipeError(
+            "convert.latent_heads",
+            f"{count} does not divide the model's {groups} key/value heads, and none can be shared; use one of "
+            f"{possible}",
+        )
+    unit = count * (2 if convert.tied else 1)
+    if latent % unit:
+        why = f"into {count} latents" + (", whose first halves are keys" if convert.tied else "")
+        raise RecipeError("convert.kv_lora_rank", f"{latent} does not divide {why}; use a multiple of {unit}")
+    if convert.latent_norm and (count > 1 or convert.tied):
+        raise RecipeError(
+            "convert.latent_norm",
+            "a real norm would run over all latents at once, and bind what is apart; use false, or latent_heads: 1 "
+            "and tied: false",
+        )
+    if convert.tied and size > 2 * rope:
+        raise RecipeError(
+            "convert.kv_lora_rank",
+            f"tied values of {size} would be wider than queries and keys ({size // 2} + rope {rope}), which fast "
+            f"kernels do not take; use at most {2 * rope * count}, or a larger qk_rope_head_dim",
+        )
+
+
+def full_rank(config: PretrainedConfig, latents: int = 1) -> int:
+    """The rank of a source's keys and values together, n·min(2·G·d/n, D) in n latents: that many lose nothing."""
     groups = config.num_key_value_heads or config.num_attention_heads
-    return min(2 * groups * head_dimension(config), config.hidden_size)
+    return latents * min(2 * groups * head_dimension(config) // latents, config.hidden_size)
 
 
 def rope_types(config: PretrainedConfig) -> set[str]:

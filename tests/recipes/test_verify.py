@@ -132,3 +132,19 @@ def test_what_is_no_output_directory(word: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "file").write_text("")
     assert main(["verify", str(tmp_path / word)]) == 2
     assert capsys.readouterr().err.startswith("error: verify: ")
+
+
+def test_an_engine_beside_the_student(folder: Path, capsys) -> None:
+    words = ["verify", str(folder), "--engine", "transformers", "--prompts", "2", "--new-tokens", "8"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "16 of 16 the same" in out and "beside the student in float32" in out
+
+    other_weights(folder / "recovered")
+    assert main(words) == 1
+    missed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "MISS" in line]
+    assert "log-probabilities" in missed
+
+    change(folder / "exported" / "model.safetensors")
+    assert main(words) == 1
+    assert "not asked: files are missing or damaged" in capsys.readouterr().out

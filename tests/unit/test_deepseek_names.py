@@ -17,6 +17,10 @@ CASES = {
     "norm, query rank": ("llama", {}, {"latent_norm": True, "q_lora_rank": 24}),
     "biases": ("qwen2", {}, {}),
     "biases, query rank": ("qwen2", {}, {"q_lora_rank": 24}),
+    "two latents": ("llama", {}, {"groups": 2, "latent_heads": 2}),
+    "two latents, biases": ("qwen2", {}, {"groups": 2, "latent_heads": 2}),
+    "two tied latents": ("llama", {}, {"groups": 2, "latent_heads": 2, "tied": True}),
+    "tied, biases, query rank": ("qwen2", {}, {"tied": True, "q_lora_rank": 24}),
     "biases, norm": ("qwen2", {}, {"latent_norm": True}),
 }
 

@@ -133,3 +133,13 @@ def test_the_commit_of_a_hub_repository_is_an_input(tmp_path, monkeypatch) -> No
     second = digest()
     answers["sha"] = None
     assert digest() == second != first
+
+
+def test_one_latent_is_what_it_was(tmp_path, monkeypatch) -> None:
+    """What was converted before there could be several is good."""
+    plain = stage(tmp_path)
+    assert stage(tmp_path, "convert.latent_heads=1", "convert.tied=false") == plain
+    others = ["convert.latent_heads=2"], ["convert.tied=true", "convert.kv_lora_rank=16"]
+    assert len({plain, *(stage(tmp_path, *words) for words in others)}) == 3
+    monkeypatch.setattr("transmla.run.fingerprints.LATER", ())
+    assert stage(tmp_path) != plain

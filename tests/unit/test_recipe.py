@@ -114,6 +114,48 @@ MISTAKES = {
     "not an override": (["recipe=debug", "fast"], "fast", "key.sub=value"),
     "rank too high": (["recipe=debug", "convert.kv_lora_rank=65"], "convert.kv_lora_rank", "at most 64"),
     "query rank too high": (["recipe=debug", "convert.q_lora_rank=65"], "convert.q_lora_rank", "at most 64"),
+    "heads in no such shares": (["recipe=debug", "convert.latent_heads=3"], "convert.latent_heads", "one of [1, 2]"),
+    "no latents": (["recipe=debug", "convert.latent_heads=0"], "convert.latent_heads", "greater"),
+    "latents of a half": (
+        ["recipe=debug", "convert.latent_heads=2", "convert.kv_lora_rank=23"],
+        "convert.kv_lora_rank",
+        "a multiple of 2",
+    ),
+    "tied latents of a half": (
+        ["recipe=debug", "convert.latent_heads=2", "convert.tied=true", "convert.kv_lora_rank=22"],
+        "convert.kv_lora_rank",
+        "a multiple of 4",
+    ),
+    "several latents with too much": (
+        ["recipe=debug", "convert.latent_heads=2", "convert.kv_lora_rank=66"],
+        "convert.kv_lora_rank",
+        "at most 64",
+    ),
+    "tied and wider than queries": (
+        ["recipe=debug", "convert.latent_heads=2", "convert.tied=true", "convert.kv_lora_rank=36"],
+        "convert.kv_lora_rank",
+        "at most 32",
+    ),
+    "a norm over several latents": (
+        ["recipe=debug", "convert.latent_heads=2", "convert.latent_norm=true"],
+        "convert.latent_norm",
+        "latent_heads: 1",
+    ),
+    "padding between latents": (
+        ["recipe=debug", "convert.latent_heads=2", "export.layout=padded"],
+        "export.layout",
+        "use compact",
+    ),
+    "no dimensions for two latents": (
+        [
+            "recipe=debug",
+            "convert.latent_heads=2",
+            "convert.kv_lora_rank=auto",
+            "convert.cached_values=31",
+        ],
+        "convert.kv_lora_rank",
+        "a multiple of 2",
+    ),
     "odd rope": (["recipe=debug", "convert.qk_rope_head_dim=7"], "convert.qk_rope_head_dim", "odd"),
     "non-dividing rope": (["recipe=debug", "convert.qk_rope_head_dim=6"], "convert.qk_rope_head_dim", "divide"),
     "wrong collapse": (["recipe=debug", "convert.collapse=4"], "convert.collapse", "at most 2"),

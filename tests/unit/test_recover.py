@@ -56,12 +56,13 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     stage: dict | None = None,
     student=None,  # of an earlier stage
+    convert: dict | None = None,  # settings of the conversion
     **trainer: object,
 ):
     torch.manual_seed(0)
     teacher = tiny_model(dtype=dtype)
-    convert = settings(qk_rope_head_dim=8, kv_lora_rank=24)
-    done = convert_model(teacher, convert, torch.cat(windows()))
+    section = settings(qk_rope_head_dim=8, kv_lora_rank=24, **(convert or {}))
+    done = convert_model(teacher, section, torch.cat(windows()))
     statistics = done.statistics
     student = copy.deepcopy(done.student) if student is None else student
     defaults = dict(

@@ -36,7 +36,7 @@ def test_a_process_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     script.write_text(killed)
     monkeypatch.setattr(fresh_process, "__file__", str(script))
     assert "the process was killed, most likely for want of memory" in refused(tmp_path)
-    assert fresh_process._reason(-signal.SIGSEGV, "") == "the process ended with SIGSEGV"
+    assert fresh_process.reason_of(-signal.SIGSEGV, "") == "the process ended with SIGSEGV"
 
 
 def test_a_machine_without_the_memory_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "distill, attention": ("distill", {"train": "attention", "cross_entropy": 0.2}, {}),
     "distill, recomputed": ("distill", {}, {"gradient_checkpointing": True}),
     "distill, adapters": ("distill", {"train": "lora", "lora": {"r": 4}}, {}),
+    "two latents, adapters": ("distill", {"train": "lora", "lora": {"r": 4}}, {"convert": {"latent_heads": 2}}),
+    "two tied latents": ("layerwise", {}, {"convert": {"latent_heads": 2, "tied": True}}),
     "sft": ("sft", {"relative_learning_rate": True}, {"learning_rate": 0.01}),
 }
 

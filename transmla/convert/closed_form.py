@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transmla.convert.bias_folding import fold_queries_and_values, fold_rotating_keys
 from transmla.convert.calibration import LayerStatistics
-from transmla.convert.low_rank import joint_key_value, joint_two_moments, low_rank, norm_cost
+from transmla.convert.latent_shares import Errors, Latent, latent_bias, solve_latents
+from transmla.convert.low_rank import low_rank
 from transmla.convert.rope import DecoupledRope, decouple_rope
 from transmla.families.family import SourceAttention
 from transmla.geometry import MLAGeometry
@@ -31,7 +33,8 @@ def closed_form_weights(
 ) -> dict[str, Tensor]:
     """Solve one layer in float64.
 
-    Exact when nothing is truncated: one key head, every frequency kept, kv_lora_rank at least 2·d, no query rank.
+    Exact when nothing is truncated: one key head, every frequency kept, kv_lora_rank at least 2·d, no query rank;
+    of the low-rank step alone, latents of 2·d for each of their key/value heads.
 
     Args:
         frequencies: [d/2], the source's rotary frequencies. freqfold: of this layer.
@@ -83,35 +86,77 @@ def closed_form_weights(
         # on all tokens alike: one that is not attended to must not become so.
         key_moment = damped((statistics.attended - statistics.averaged + covariance) / 2)
         value_moment = damped(statistics.averaged)
-        key_cost = cost_of_keys(statistics.logit_cost)
-        down, up_key, up_value = joint_two_moments(
-            k_nope, value, key_moment, value_moment, key_cost, value_cost, geometry.kv_lora_rank
-        )
+        errors = Errors(key_moment, value_moment, cost_of_keys(statistics.logit_cost), value_cost)
+    elif settings.weighting == "input":
+        # Output variance that a head's values carry: what one unit of its squared logit error costs.
+        spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)
+        key_cost = cost_of_keys(torch.einsum("hwv,hwv->h", spread, output))
+        errors = Errors(statistics.second_moment, statistics.second_moment, key_cost, value_cost)
     else:
-        if settings.weighting == "input":
-            # Output variance that a head's values carry: what one unit of its squared logit error costs.
-            spread = torch.einsum("gwx,xy,gvy->gwv", value, covariance, value).repeat_interleave(repeat, 0)
-            key_cost = cost_of_keys(torch.einsum("hwv,hwv->h", spread, output))
-        else:
-            key_cost = settings.kv_balance * norm_cost(k_nope, statistics.second_moment)
-            value_cost = norm_cost(value, statistics.second_moment)
-        down, up_key, up_value = joint_key_value(
-            k_nope, value, statistics.second_moment, key_cost, value_cost, geometry.kv_lora_rank
-        )
+        plain = statistics.second_moment
+        errors = Errors(plain, plain, None, None, balance=settings.kv_balance)
 
-    weights = _queries(source, rope, augmented, geometry)
-    up = torch.cat((up_key.repeat_interleave(repeat, 0), up_value.repeat_interleave(repeat, 0)), dim=1)
-    value_bias = source.value[..., -1].repeat_interleave(repeat, 0)  # [H, d]
+    shape: dict[str, Any] = {"latents": geometry.latent_heads, "tied": geometry.tied}
+    solved = solve_latents(k_nope, value, errors, rank=geometry.kv_lora_rank, **shape)
+    down, bias = torch.cat([one.down for one in solved]), k_nope.new_zeros(geometry.kv_lora_rank)
+    wide_output = source.output
+    if geometry.tied:
+        bias = _tied_bias(solved, source.value[..., -1], errors.value_cost)
+        rope, wide_output = _into_queries_and_output(solved, rope, wide_output, bias)
+        weights = _queries(source, rope, augmented, geometry)
+    else:
+        weights = _queries(source, rope, augmented, geometry) | _up_projections(solved, source.value[..., -1], repeat)
     weights |= {
         "kv_a_proj_with_mqa.weight": torch.cat((down, rope.k_rope[:, :-1])),
-        "kv_a_proj_with_mqa.bias": torch.cat((down.new_zeros(len(down)), rope.k_rope[:, -1])),
-        "kv_b_proj.weight": up.flatten(0, 1),
-        "kv_b_proj.bias": torch.cat((torch.zeros_like(value_bias), value_bias), dim=1).flatten(),
-        "o_proj.weight": source.output.flatten(1),
+        "kv_a_proj_with_mqa.bias": torch.cat((bias, rope.k_rope[:, -1])),
+        "o_proj.weight": wide_output.flatten(1),
     }
     if source.output_bias is not None:
         weights["o_proj.bias"] = source.output_bias
     return weights
+
+
+def _up_projections(solved: list[Latent], value_bias: Tensor, repeat: int) -> dict[str, Tensor]:
+    """Weights of `kv_b_proj`, of one latent or by latent. value_bias: [G, d]."""
+    found: dict[str, Tensor] = {}
+    for index, (latent, bias) in enumerate(zip(solved, value_bias.chunk(len(solved)), strict=True)):
+        name = "kv_b_proj" if len(solved) == 1 else f"kv_b_proj.{index}"
+        up = torch.cat([up.repeat_interleave(repeat, 0) for up in (latent.up_key, latent.up_value)], dim=1)
+        bias = bias.repeat_interleave(repeat, 0)  # [H/n, d]
+        found |= {
+            f"{name}.weight": up.flatten(0, 1),
+            f"{name}.bias": torch.cat((torch.zeros_like(bias), bias), dim=1).flatten(),
+        }
+    return found
+
+
+def _tied_bias(solved: list[Latent], value_bias: Tensor, value_cost: Tensor | None) -> Tensor:
+    """The latents' constants [R] in the place of the values' biases [G, d]."""
+    count = len(solved)
+    costs = [None] * count if value_cost is None else list(value_cost.chunk(count))
+    shares = zip(solved, value_bias.chunk(count), costs, strict=True)
+    return torch.cat([latent_bias(latent, bias, cost) for latent, bias, cost in shares])
+
+
+def _into_queries_and_output(
+    solved: list[Latent], rope: DecoupledRope, output: Tensor, bias: Tensor
+) -> tuple[DecoupledRope, Tensor]:
+    """Fold the maps from tied latents back to the source's heads into queries and output.
+
+    q_h · (B_g T1) = (B_g^T q_h) · T1 and O_h (A_g T) = (O_h A_g) T. output: [D, H, d]. bias: [R], of the latents.
+
+    Returns:
+        the maps with queries of nope [H, r/2, n] and one key a latent, [n, r/2, D1]; the output [D, H, r].
+    """
+    up_key, up_value = (torch.cat([getattr(one, name) for one in solved]) for name in ("up_key", "up_value"))
+    repeat = len(rope.q_nope) // len(up_key)
+    keys = [
+        torch.cat((one.down, constant[:, None]), dim=1)[: up_key.shape[-1]]
+        for one, constant in zip(solved, bias.chunk(len(solved)), strict=True)
+    ]
+    q_nope = up_key.repeat_interleave(repeat, 0).mT @ rope.q_nope
+    wide = torch.einsum("xhd,hdr->xhr", output, up_value.repeat_interleave(repeat, 0))
+    return replace(rope, q_nope=q_nope, k_nope=torch.stack(keys)), wide
 
 
 def damped(moment: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.convert.conversion import Conversion, assemble_student, convert_model, refit_model
-from transmla.geometry import full_rank
+from transmla.geometry import derive_geometry, full_rank
 from transmla.measure.perplexity import Judge, Quality
 from transmla.recipe.schema import Convert
 
@@ -31,7 +31,8 @@ class Compared:
 
 def partial_rope(config: PretrainedConfig, settings: Convert) -> Convert:
     """Settings of the student that lost nothing but rotations: same rope head, latent and queries of full rank."""
-    return settings.model_copy(update={"kv_lora_rank": full_rank(config), "q_lora_rank": None, "latent_norm": False})
+    whole = {"kv_lora_rank": full_rank(config), "latent_heads": 1, "tied": False}
+    return settings.model_copy(update=whole | {"q_lora_rank": None, "latent_norm": False})
 
 
 def convert_and_compare(
@@ -49,7 +50,7 @@ def convert_and_compare(
         judge = Judge(source, windows, batch_size)
         quality["original"] = judge(source, "original")
         partial = partial_rope(source.config, done.settings)
-        geometry = replace(done.geometry, kv_lora_rank=full_rank(source.config), q_lora_rank=None, latent_norm=False)
+        geometry = replace(derive_geometry(source.config, partial), freqfold=done.geometry.freqfold)
         student = assemble_student(source, geometry, partial, done.statistics)
         if partial.refit:
             refit_model(source, student, partial, done.fitted_on)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from transmla.export.expressible import has_latent_norm
+from transmla.export.latent_blocks import is_grouped
+from transmla.modeling.latents import is_tied, latent_heads
 
 LAYER, ATTENTION = "model.layers.{}.", "model.layers.{}.self_attn."
 
@@ -31,7 +33,6 @@ IN_LAYER = {
 }
 LATENTS = {
     "kv_a_proj_with_mqa.weight": "kv_a_proj_with_mqa.weight",
-    "kv_b_proj.weight": "kv_b_proj.weight",
     "o_proj.weight": "o_proj.weight",
 }
 QUERY = {"q_proj.weight": "q_proj.weight"}
@@ -42,6 +43,7 @@ BIASED_QUERY_LATENT = {
     "q_b_proj.weight": "q_b_proj.weight",
     "q_b_proj.bias": "q_b_proj.weight",
 }
+UP = {"kv_b_proj.weight": "kv_b_proj.weight"}
 BIASES = {"kv_a_proj_with_mqa.bias": "kv_a_proj_with_mqa.bias", "kv_b_proj.bias": "kv_b_proj.weight"}
 BIASES_BEHIND_A_NORM = {"kv_a_proj_with_mqa.bias": "kv_a_proj_with_mqa.bias", "kv_b_proj.bias": "o_proj.bias"}
 
@@ -83,7 +85,7 @@ def template(name: str) -> tuple[str, int | None]:
 def name_map(config: PretrainedConfig) -> NameMap:
     """The names of a student of this configuration."""
     normed, biased, ranked = has_latent_norm(config), config.mla_qkv_bias, config.q_lora_rank is not None
-    attention = dict(LATENTS)
+    attention = LATENTS | UP
     added: list[str] = []
     if biased:
         attention |= BIASED_QUERY_LATENT if ranked else BIASED_QUERY
@@ -98,9 +100,21 @@ def name_map(config: PretrainedConfig) -> NameMap:
             attention["q_a_layernorm.weight"] = "q_a_layernorm.weight"
     else:
         added += LINEAR_NORM
+    if is_grouped(config):
+        attention = _by_latent(attention, 0 if is_tied(config) else latent_heads(config))
+        added += UP.values() if is_tied(config) else ()
     return NameMap(
         to_deepseek=OUTSIDE
         | {LAYER + student: LAYER + deepseek for student, deepseek in IN_LAYER.items()}
         | {ATTENTION + student: ATTENTION + deepseek for student, deepseek in attention.items()},
         added=frozenset(ATTENTION + name for name in added),
     )
+
+
+def _by_latent(attention: dict[str, str], count: int) -> dict[str, str]:
+    """Names of an attention whose `kv_b_proj` is one of every latent, or of none."""
+    found = {name: deepseek for name, deepseek in attention.items() if not name.startswith("kv_b_proj.")}
+    for name in attention.keys() - found.keys():
+        kind = name.removeprefix("kv_b_proj.")
+        found |= {f"kv_b_proj.{index}.{kind}": attention[name] for index in range(count)}
+    return found

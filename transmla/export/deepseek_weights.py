@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, template
 from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
 from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
+from transmla.export.latent_blocks import whole_up_projection
 
 # What writes into the residual stream: scaled where the source's eps is another than the format's.
 RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
@@ -117,7 +118,7 @@ def _attention_state(
     weights: dict[str, Tensor], config: PretrainedConfig, own: Dimensions, to: Dimensions, names: NameMap
 ) -> dict[str, Tensor]:
     """One attention's weights in float64, output projection excepted, by DeepSeek's names."""
-    heads, hidden = config.num_attention_heads, config.hidden_size
+    heads, hidden, weights = config.num_attention_heads, config.hidden_size, whole_up_projection(weights, config)
     biased, normed = config.mla_qkv_bias, has_latent_norm(config)
     constant = biased and not normed
     norm = EPS**0.5 / LATENT_SCALE
@@ -159,7 +160,7 @@ def _attention_state(
         )
         full[:, : own.qk_nope_head_dim, rank - 1] = k_bias
         full[:, to.qk_nope_head_dim : to.qk_nope_head_dim + own.v_head_dim, rank - 1] = v_bias
-    out[names.attention("kv_b_proj.weight")] = full.flatten(0, 1)
+    out["kv_b_proj.weight"] = full.flatten(0, 1)
 
     if config.q_lora_rank is not None:
         up_query = weights["q_b_proj.weight"]

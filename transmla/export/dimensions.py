@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from transmla.modeling.latents import latent_heads
+
 EPS = 1e-6  # transformers hard-codes it in the latent norms
 
 LATENT_SCALE = 2.0**-30  # a power of two: exact in every binary format
@@ -48,6 +50,12 @@ def export_dimensions(config: PretrainedConfig, layout: str) -> Dimensions:
             raise ValueError(f"export.layout: {name} {getattr(own, name)} is above the padded {size}; use compact")
     if PADDED["qk_rope_head_dim"] % own.qk_rope_head_dim:
         raise ValueError(f"export.layout: qk_rope_head_dim {own.qk_rope_head_dim} does not divide 64; use compact")
+    latents, rank = latent_heads(config), PADDED["kv_lora_rank"]
+    if latents > 1 and own.kv_lora_rank < rank:
+        raise ValueError(
+            f"export.layout: {latents} latents of {own.kv_lora_rank // latents} would be padded to {rank} together, "
+            f"which is another block size; use compact, or convert.kv_lora_rank {rank}"
+        )
     return Dimensions(**PADDED)
 
 

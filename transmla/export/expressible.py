@@ -1,4 +1,4 @@
-"""Whether a stock DeepSeek-V3 checkpoint can express a student, in which number formats, and who reads it wrongly."""
+"""Whether a stock DeepSeek-V3 checkpoint can express a student, and in which number formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.families import family_of_student
-from transmla.geometry import rope_types
 from transmla.modeling.config_facts import shortest_sliding_window
 
 
@@ -26,35 +25,6 @@ def blocking_feature(config: PretrainedConfig) -> str | None:
     if has_latent_norm(config) and config.mla_qkv_bias and config.q_lora_rank is not None:
         return "a query bias behind a normed query latent has no place in the format: leave q_lora_rank or the norm out"
     return None
-
-
-# What serving engines' own DeepSeek classes make of a scaled rotary embedding, by its kind.
-SCALED_ROPE = {
-    "llama3": "vLLM and SGLang compute YaRN's, llama.cpp the unscaled one, all without a message",
-    "linear": "vLLM stops with a KeyError, SGLang computes YaRN's and llama.cpp the unscaled one without a message",
-}
-INSTEAD = "serve it with vllm serve --model-impl transformers or with transformers, which are exact"
-
-
-def native_engine_notes(config: PretrainedConfig) -> tuple[str, ...]:
-    """What a user has to know before serving the stock checkpoint of a student, a sentence each with what to do.
-
-    Such a checkpoint is exact in transformers, and some engines read it otherwise without an error.
-    """
-    notes = []
-    if config.mla_qkv_bias:
-        notes.append(
-            "biases on queries, keys and values: the native DeepSeek classes of vLLM and SGLang drop them without a "
-            f"message, and llama.cpp does not load the checkpoint; {INSTEAD}"
-        )
-    for kind in sorted(rope_types(config) & set(SCALED_ROPE)):
-        notes.append(f"{kind} scaling of the rotary embedding: in native classes {SCALED_ROPE[kind]}; {INSTEAD}")
-    if blocking_dtype(config, torch.float16) is not None:
-        notes.append(
-            "do not run it in float16, nor with kv_a and q_a quantised to f16 or q8_0: their rows are scaled by 2^-30 "
-            "and would become zero; use bfloat16 or float32, also where an engine chooses (vllm serve --dtype bfloat16)"
-        )
-    return tuple(notes)
 
 
 def has_latent_norm(config: PretrainedConfig) -> bool:

@@ -124,13 +124,13 @@ def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool, by_modu
         done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=errors, env=environment)
         if done.returncode:
             errors.seek(0)
-            reason = _reason(done.returncode, errors.read().decode(errors="replace"))
+            reason = reason_of(done.returncode, errors.read().decode(errors="replace"))
             raise RuntimeError(f"{LOADERS[kind]} cannot load {folder}: {reason}")
     shape, _, scores = done.stdout.partition(b"\n")
     return torch.frombuffer(bytearray(scores), dtype=torch.float32).view(json.loads(shape))
 
 
-def _reason(code: int, printed: str) -> str:
+def reason_of(code: int, printed: str) -> str:
     """Why a process failed, on one line."""
     if code == -signal.SIGKILL:
         return "the process was killed, most likely for want of memory"

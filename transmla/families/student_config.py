@@ -47,6 +47,8 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_output_bias=bool(family.output_bias(source)),
         mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
         mla_latent_norm=geometry.latent_norm,
+        **({"mla_latent_heads": geometry.latent_heads} if geometry.latent_heads > 1 else {}),
+        **({"mla_tied": True} if geometry.tied else {}),
         architectures=[family.student_model.__name__],
     )
 

@@ -11,7 +11,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNo
 from transmla.modeling.config_facts import sliding_window_of
 from transmla.modeling.kernels.dispatch import attend
 from transmla.modeling.kernels.eager import eager_attention
-from transmla.modeling.kernels.one_query import ONE_QUERY, one_latent_query
+from transmla.modeling.kernels.one_query import ONE_QUERY
+from transmla.modeling.latents import absorbed, is_plain, up_projection
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,6 +39,9 @@ class MLAAttention(nn.Module):
 
         c = W_a x      k_h = [W_b,h^K c ; R_s k_rope]      q_h = [q_h,nope ; R_t q_h,rope]      v_h = W_b,h^V c
 
+    With several latents c is cut into as many, each for its share of the heads; tied, a head's value is its latent and
+    its k_nope the latent's first half (transmla.modeling.latents).
+
     Without `mla_latent_norm` the latent has no RMSNorm: the exported model's norm is made linear
     (transmla.export.deepseek_weights). With it, both have DeepSeek's own (eps 1e-6), and the normed one is cached.
     Rotary pairs are half-split, (m, m + P/2). Logits are divided by sqrt(nope + rope); conversion folds the source's
@@ -47,8 +51,9 @@ class MLAAttention(nn.Module):
     and a map of each head follows it:  [q_h,nope ; q_h,rope] = M_h norm(W_h^Q x).
 
     Reads from the configuration: hidden_size, num_attention_heads, qk_nope_head_dim, qk_rope_head_dim, v_head_dim,
-    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, attention_dropout, and layer types and
-    sliding window where the family has them; rms_norm_eps and mla_query_norm_dim with `query_norm`.
+    kv_lora_rank, q_lora_rank, mla_qkv_bias, mla_output_bias, mla_latent_norm, mla_latent_heads, mla_tied,
+    attention_dropout, and layer types and sliding window where the family has them; rms_norm_eps and mla_query_norm_dim
+    with `query_norm`.
 
     Args:
         query_norm: class of the queries' norm, made with (d, eps=...), or None.
@@ -97,9 +102,7 @@ class MLAAttention(nn.Module):
             self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * qk_head_dim, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = norm(self.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(
-            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=bias
-        )
+        self.kv_b_proj = up_projection(config, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=config.mla_output_bias)
 
     def forward(
@@ -132,7 +135,7 @@ class MLAAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
             if length == 1 and self._absorbs:
-                out = self._absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
+                out = absorbed(self.kv_b_proj, q_nope, q_rope, latent, k_rope, attention_mask, self.scaling)
                 return self.o_proj(out.reshape(batch, length, -1)), None
 
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -159,24 +162,4 @@ class MLAAttention(nn.Module):
         """Whether a single query may read the cached latent itself: kernels other than these have masks of their own,
         and a kv_b_proj that adapters wrap, or whose weight accelerate keeps elsewhere, has to be called."""
         kernel = self.config._attn_implementation in ("sdpa", "eager", ONE_QUERY)
-        plain = type(self.kv_b_proj) is nn.Linear and "_hf_hook" not in vars(self.kv_b_proj)
-        return kernel and plain and not self.training and self.softcap is None
-
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of one query without expanding the cache: kv_b is absorbed into query and output (DeepSeek-V2,
-        2.1.2).
-
-            logits = (W_b^K^T q_nope) . c + q_rope . k_rope          out = W_b^V (sum of a c)
-
-        A bias of the keys adds one number to all logits of a query, which softmax does not see; one of the values is
-        added once, since attention's weights sum to one. q_nope, q_rope: [B, H, 1, .]; latent, k_rope: [B, 1, S, .].
-        Returns [B, H, 1, V].
-        """
-        widths = [self.qk_nope_head_dim, self.v_head_dim]
-        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(widths, dim=1)
-        query = torch.einsum("bhtn,hnr->bhtr", q_nope, up_key)
-        summed = one_latent_query(query, q_rope, latent, k_rope, mask, self.scaling)
-        out = torch.einsum("bhtr,hvr->bhtv", summed, up_value)
-        if self.kv_b_proj.bias is not None:
-            out = out + self.kv_b_proj.bias.unflatten(0, (self.num_heads, -1))[:, None, self.qk_nope_head_dim :]
-        return out
+        return kernel and is_plain(self.kv_b_proj) and not self.training and self.softcap is None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig
 
+from transmla.geometry import MLAGeometry
 from transmla.plan.data_checks import unseen_files
 from transmla.plan.device_memory import describe_parts, misfit, stage_parts
 from transmla.plan.disk import bytes_on_disk, cache_bytes, cache_of_text
@@ -46,6 +47,24 @@ def _searched(section: Convert) -> str:
     provisional = [name for name in free if name not in ("freqfold", "mean_rotation")]
     shown = f"; the {', '.join(provisional)} of this plan are one of the candidates" if provisional else ""
     return f"a search on held-out calibration text chooses {', '.join(free)}{shown}"
+
+
+def _latents(geometry: MLAGeometry) -> str:
+    """The latents of a student, where there are several or values are tied to them."""
+    if geometry.latent_heads == 1 and not geometry.tied:
+        return str(geometry.kv_lora_rank)
+    heads = geometry.num_attention_heads // geometry.latent_heads
+    tied = "; values are the latents, keys their first halves" if geometry.tied else ""
+    return f"{geometry.kv_lora_rank} ({geometry.latent_heads} of {geometry.latent_size}, each for {heads} heads{tied})"
+
+
+def _ranks(geometry: MLAGeometry) -> list[str]:
+    """What each rank of tensor parallelism caches."""
+    found = []
+    for row in geometry.cache_by_ranks[1:]:
+        split = f" ({row['split']} where a rank keeps its own latents)" if row["split"] < row["stock"] else ""
+        found.append(f"of {row['ranks']} {row['source']} -> {row['stock']}{split}")
+    return [f"             on a rank of tensor parallelism: {'; '.join(found)}"] if found else []
 
 
 def _memory(streaming: Streaming) -> list[str]:
@@ -100,9 +119,10 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"source       {recipe.model.source} ({config.model_type}, {g.num_hidden_layers} layers, hidden "
         f"{g.hidden_size}, "
         f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
-        f"student      rope {g.qk_rope_head_dim} + latent {g.kv_lora_rank}, nope {g.qk_nope_head_dim}, value "
+        f"student      rope {g.qk_rope_head_dim} + latent {_latents(g)}, nope {g.qk_nope_head_dim}, value "
         f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
         f"cache        {g.source_cache} -> {g.cache} values per token and layer ({-100 * g.saving:+.1f} %)",
+        *_ranks(g),
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}; "
         f"vocabulary of both {config.vocab_size:,}",
         f"hardware     {processes} x {prepared.device}, {str(dtype).removeprefix('torch.')}; {launch.describe()}",
@@ -130,6 +150,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
             lines.append(f"             refused on this machine: recover.{index}: {reason}")
     lines += [
         f"export       {prepared.export.describe(recipe.export)}",
+        *([f"             read by {', '.join(readers)}"] if (readers := prepared.export.readers) else []),
         *(f"             note: {note}" for note in prepared.export.notes),
         f"evaluate     {', '.join(recipe.evaluate.data)}: {recipe.evaluate.tokens:,} tokens each, windows of "
         f"{recipe.evaluate.max_length:,}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from transmla.errors import RecipeError
 from transmla.process.machine_faults import fault_of
@@ -12,9 +13,12 @@ from transmla.process.stopping import FAILED, end_stopped, request
 from transmla.process.watch import end_if_another_died, watched
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """The exit code of a command, whose failures that a user can mend are one line; a signal ends the process."""
-    with watched():
+def guarded(work: Callable[[], int], *, signals: bool = True) -> int:
+    """The exit code of a command, whose failures that a user can mend are one line; a signal ends the process.
+
+    signals: false leaves signals to Python and to the command.
+    """
+    with watched() if signals else nullcontext():
         try:
             return work()
         except RecipeError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
 
 from transmla.recipe.base import Section
 from transmla.recipe.bounds import Batch, Dimension, Factor, Number, Seed, Share, Tokens, Whole, Window
@@ -61,6 +61,8 @@ class Convert(Section):
     drift: Share = 0.3  # share of the stream's drift that a refit corrects
     # fold: queries, keys and values without a bias, for engines that have none; a linear feature of the input stands in
     biases: Literal["keep", "fold"] = "keep"
+    latent_heads: Dimension = 1  # latents that kv_lora_rank is cut into, each for its share of the heads (GLA)
+    tied: bool = False  # a head's value is its latent, its key without rotation the latent's first half (GTA)
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     streaming: bool | Literal["auto"] = "auto"  # read the source layer by layer; auto: where both models do not fit
     calibration: Calibration
@@ -108,6 +110,18 @@ class Verify(Section):
     tokens: Annotated[Whole, Field(gt=0, le=2**20)] = 256
 
 
+ENGINES = ("transformers", "vllm", "vllm-transformers", "sglang", "llama.cpp")
+
+
+def _engines(value: Any) -> Any:
+    if value == "auto":
+        return value
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or any(name not in ENGINES for name in names):
+        raise ValueError(f"auto, or a list of engines that must read the checkpoint: {', '.join(ENGINES)}")
+    return list(dict.fromkeys(names))
+
+
 class Export(Section):
     """The final checkpoint."""
 
@@ -115,8 +129,14 @@ class Export(Section):
     format: Literal["auto", "deepseek_v3", "student"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the recovered student is stored
     layout: Literal["compact", "padded"] = "compact"  # padded: 128/64/128/512 for the engines' fast kernels
+    # that must read the checkpoint rightly, or it is refused; auto: none must, and the plan says which do
+    engines: Annotated[Literal["auto"] | list[str], BeforeValidator(_engines)] = "auto"
     max_shard_size: ShardSize = "5GB"
     verify: Verify = Verify()
+
+    def content(self) -> dict[str, Any]:
+        """What decides the files: all but the engines, which only refuse."""
+        return self.model_dump(mode="json", exclude={"engines"})
 
 
 MOST = 100  # stages, and texts to write

@@ -28,18 +28,28 @@ def check_secrets(tree: dict[str, Any]) -> None:
         RecipeError: a key is one of a secret, or a text holds credentials, a token, or the value of an environment
             variable that is called one.
     """
-    held = {name: value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
     for path, value in leaves(tree):
         key = ".".join(map(str, path))
         if value is not None and any(KEY.search(part) for part in path if isinstance(part, str)):
             raise RecipeError(key, f"this is the key of a secret; {ADVICE}")
         if not isinstance(value, str):
             continue
-        if masked(value) != value:
-            raise RecipeError(key, f"credentials or a token stand in it; {ADVICE}")
-        variable = next((name for name, secret in held.items() if secret in value), None)
-        if variable is not None:
-            raise RecipeError(key, f"the value of the environment variable {variable} stands in it; {ADVICE}")
+        if (found := secret_in(value)) is not None:
+            raise RecipeError(key, f"{found} in it; {ADVICE}")
+
+
+def secret_in(text: str) -> str | None:
+    """What of a text looks like a secret, in words that end before "in it" and do not repeat it; None: nothing."""
+    if masked(text) != text:
+        return "credentials or a token stand"
+    variable = held_in(text)
+    return None if variable is None else f"the value of the environment variable {variable} stands"
+
+
+def held_in(text: str) -> str | None:
+    """The environment variable that is called like a secret and whose value stands in a text."""
+    held = {name: value for name, value in os.environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
+    return next((name for name, secret in held.items() if secret in text), None)
 
 
 def check_interpolations(tree: dict[str, Any]) -> None:

@@ -49,19 +49,28 @@ def read_tree(file: Path, key: str = "recipe") -> Any:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(key, f"{file.name} {NOT_YAML}: byte {error.start} is no UTF-8; save it as UTF-8") from None
+    return tree_of(text, file.name, key)
+
+
+def tree_of(text: str, name: str, key: str) -> Any:
+    """What a YAML text holds. name, key: for errors.
+
+    Raises:
+        RecipeError: as `read_tree`.
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is not None:
-            _check_size(node, file.name, key)
+            _check_size(node, name, key)
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(key, f"{file.name} {NOT_YAML}: {_what_and_where(error)}") from None
+        raise RecipeError(key, f"{name} {NOT_YAML}: {_what_and_where(error)}") from None
     except RecursionError:  # of PyYAML's own, before the depth can be counted
-        raise RecipeError(key, f"{file.name} is nested too deeply; use at most {DEPTH} levels") from None
+        raise RecipeError(key, f"{name} is nested too deeply; use at most {DEPTH} levels") from None
     except RecipeError:
         raise
     except ValueError as error:  # a date such as 2024-99-99
-        raise RecipeError(key, f"{file.name} {NOT_YAML}: {' '.join(str(error).split())}") from None
+        raise RecipeError(key, f"{name} {NOT_YAML}: {' '.join(str(error).split())}") from None
 
 
 def _what_and_where(error: yaml.YAMLError) -> str:

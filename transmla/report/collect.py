@@ -63,6 +63,7 @@ def collect(
             "path": str(exported),
             "format": export["format"],
             "notes": export["notes"],
+            "engines": export.get("engines", {}),  # none in what was exported before they were looked at
             "max_abs_logprob_diff": export["max_abs_logprob_diff"],
         },
         "key_regression_error": conversion.get("key_regression_error"),

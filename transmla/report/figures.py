@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transmla.recipe.local_paths import paths_in, short_names, shortened_tree
+
 MEASURES = {"acc": "accuracy", "acc_norm": "length-normalised accuracy"}
 
 
@@ -38,9 +40,13 @@ def plot_tasks(tasks: dict[str, Any], folder: Path) -> None:
 
 
 def plot_figures(report: dict[str, Any], folder: Path) -> None:
-    """loss.png, quality.png, tasks.png, layers.png; a figure without data is not drawn."""
+    """loss.png, quality.png, tasks.png, layers.png; a figure without data is not drawn.
+
+    Files of this machine are named without their folder: the figures are published with the model.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
+    report = shortened_tree(report, short_names(paths_in(report)))
     folder.mkdir(parents=True, exist_ok=True)
     curves = [(entry["name"], [line for line in entry["log"] if "loss" in line]) for entry in report["training"]]
     curves = [(name, lines) for name, lines in curves if lines]

@@ -14,7 +14,15 @@ from transmla.report.collect import collect
 from transmla.report.figures import plot_figures
 from transmla.report.generated_text import written_lines
 from transmla.report.summary import answer_lines
-from transmla.report.tables import made_with, quality_table, recovered_table, task_tables, threshold_table
+from transmla.report.tables import (
+    engine_table,
+    made_with,
+    quality_table,
+    ranks_table,
+    recovered_table,
+    task_tables,
+    threshold_table,
+)
 
 
 def render(report: dict[str, Any]) -> str:
@@ -26,6 +34,7 @@ def render(report: dict[str, Any]) -> str:
         f"{g['cached_values_source']} cached values per token and layer became {g['cached_values_student']} "
         f"(rope {g['qk_rope_head_dim']} + latent {g['kv_lora_rank']}): {g['saving_percent']} % less.",
         "",
+        *ranks_table(g),
     ]
     if report["key_regression_error"]:
         errors = report["key_regression_error"]
@@ -41,6 +50,7 @@ def render(report: dict[str, Any]) -> str:
     if report["left_out"]:
         lines += [f"Not measured, because models were read layer by layer: {', '.join(report['left_out'])}.", ""]
     lines += task_tables(report["tasks"])
+    lines += ["Every answer: `answers.jsonl`.", ""] if report["tasks"] else []
     lines += recovered_table(report["recovered"])
     lines += threshold_table(report["required"])
     if report["export"]:
@@ -52,6 +62,7 @@ def render(report: dict[str, Any]) -> str:
             f"`{export['path']}` ({export['format']}): a fresh process with {loader} gives the recovered "
             f"student's log-probabilities to {export['max_abs_logprob_diff']:.1e}.",
             "",
+            *engine_table(export["engines"]),
             *(f"- Note: {note}." for note in export["notes"]),
             *([""] if export["notes"] else []),
         ]

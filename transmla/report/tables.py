@@ -22,6 +22,18 @@ DEFINITIONS = {
 }
 
 
+def ranks_table(geometry: dict[str, Any]) -> list[str]:
+    """What a rank of tensor parallelism caches; nothing for conversions of before there were such figures."""
+    rows = geometry.get("cached_values_by_ranks", [])[1:]
+    if not rows:
+        return []
+    columns = ["ranks of tensor parallelism", "source", "student in stock engines"]
+    latents = geometry["latent_heads"] > 1
+    lines = ["Cached values per token and layer on each rank:", "", _head(*columns, *(["latents split"] * latents))]
+    keys = ["ranks", "source", "stock", *(["split"] * latents)]
+    return [*lines, *(_cells(*(str(row[key]) for key in keys)) for row in rows), ""]
+
+
 def quality_table(report: dict[str, Any], dataset: str) -> list[str]:
     """Perplexity, KL and agreement of every model on one dataset."""
     title, columns = f"## Quality on {dataset}", "| model | perplexity | KL to teacher | top-1 agreement |"
@@ -73,7 +85,7 @@ def task_tables(tasks: dict[str, Any]) -> list[str]:
         "In brackets 95 % intervals. Those of the differences are paired: both models answered the same questions, and "
         "only questions on which they differ count. A difference whose interval holds 0 may be chance. "
         "Length-normalised: the choice with the highest log-likelihood a character. The average takes every task as "
-        "one. Every answer: `answers.jsonl`.",
+        "one.",
         "",
     ]
 
@@ -99,6 +111,16 @@ def threshold_table(required: list[dict[str, Any]]) -> list[str]:
     for entry in required:
         value = "nothing" if entry["value"] is None else f"{entry['value']:.4g}"
         lines.append(_cells(entry["requirement"], value, "met" if entry["met"] else "**missed**"))
+    return [*lines, ""]
+
+
+def engine_table(engines: dict[str, Any]) -> list[str]:
+    """Which serving engine reads the checkpoint rightly, and how that is known."""
+    if not engines:
+        return []
+    lines = [_head("engine", "reads it", "version")]
+    for engine, found in engines.items():
+        lines.append(_cells(engine, "yes" if found["reads"] else "**no**", found["checked"]))
     return [*lines, ""]
 
 

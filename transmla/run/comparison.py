@@ -11,7 +11,7 @@ from torch import Tensor
 from transmla.convert.three_models import Compared, convert_and_compare
 from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
-from transmla.export.expressible import native_engine_notes
+from transmla.export.formats import choose_format
 from transmla.export.reload_check import check_reload, log_probabilities
 from transmla.hardware import peak_memory
 from transmla.run.artifacts import METADATA, make, publishing, read_metadata, save_recipe, versions
@@ -58,7 +58,7 @@ def save_conversion(run: Run, folder: Path, *, stock: bool, measure: bool) -> st
             save_own_class(done.conversion.student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
 
     folder = folder.resolve()  # the temporary folder lies beside it
-    export = run.recipe.export.model_dump(mode="json") if stock else None
+    export = run.recipe.export.content() if stock else None
     make(run, folder, _digest(run, export=export, measure=measure), "convert", build)
     metadata = read_metadata(folder)
     assert metadata is not None, "it was just made, or is current"
@@ -118,10 +118,10 @@ def _compared(run: Run, calibration: Tensor, measure: bool, metadata: dict[str, 
 
 def _save_stock(run: Run, done: Compared, calibration: Tensor, scratch: Path, metadata: dict[str, Any]) -> None:
     section, dtype = run.recipe.export, export_dtype(run)
-    notes = native_engine_notes(done.conversion.student.config)
-    for note in notes:
+    chosen = choose_format(section, done.conversion.student.config, run.dtype)
+    for note in chosen.notes:
         run.say(f"[{run.recipe.name}] note: {note}")
-    metadata["notes"] = list(notes)
+    metadata |= chosen.serving()
     save_deepseek(done.conversion.student, run.tokenizer, section, dtype, scratch)
     tokens = calibration[:1, : section.verify.tokens]
     expected = log_probabilities(done.conversion.student.float().cpu(), tokens)

@@ -22,6 +22,7 @@ from transmla.measure.solved import prompts_of, score
 from transmla.measure.tasks import Answers, answer_tasks
 from transmla.recipe.writing import Solve
 from transmla.report.collect import MODELS
+from transmla.report.model_card import CARD, save_card
 from transmla.report.render import save_report
 from transmla.report.summary import figure_lines, missed
 from transmla.run.artifacts import agreed, condition, is_current, make, read_metadata, require_unharmed
@@ -69,6 +70,8 @@ def evaluate(run: Run) -> None:
             provenance=provenance(run.recipe, run.prepared.device, run.prepared.replaced),
         )
         run.say((run.paths.root / "report.md").read_text())
+        if "export" in metadata and not save_card(run.paths.exported, report, metadata["export"], run.recipe):
+            run.say(f"[evaluate] {run.paths.exported / CARD} was edited and is left as it is")
         found = [missed(report)]
     run.missed = broadcast_object_list(found)[0]
 

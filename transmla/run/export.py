@@ -9,7 +9,9 @@ import torch
 
 from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
+from transmla.export.formats import choose_format
 from transmla.export.fresh_process import model_on_disk
+from transmla.export.latent_blocks import describe_blocks
 from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
 from transmla.families import family_of
 from transmla.hardware import free_memory
@@ -17,6 +19,7 @@ from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
 from transmla.sources.local_model import load_model, stream_model
+from transmla.sources.source_facts import source_facts
 
 MAKING = "recover.py recipe=..."  # what makes an artifact that is missing
 
@@ -26,16 +29,19 @@ def export(run: Run) -> None:
     agreed(run, lambda: require(run.paths.student, run.digests.student, "export", MAKING))
 
     def build(scratch: Path, metadata: dict[str, Any]) -> None:
-        chosen = run.prepared.export
+        require_unharmed(run.paths.student)
+        student = stream_model(run.paths.student, run.dtype, "cpu")
+        chosen = choose_format(run.recipe.export, student.model.config, run.dtype)  # a search may have chosen otherwise
         if not chosen.stock:
             run.say(f"[export] {chosen.describe(run.recipe.export)}")
         for note in chosen.notes:
             run.say(f"[export] note: {note}")
-        require_unharmed(run.paths.student)
         save = save_deepseek if chosen.stock else save_own_class
-        student = stream_model(run.paths.student, run.dtype, "cpu")
         save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
-        metadata |= {"format": chosen.name, "notes": list(chosen.notes)}
+        metadata |= {"format": chosen.name} | chosen.serving()
+        if not run.drawn:
+            metadata["source"] = source_facts(run.recipe.model, run.source_folder)
+        metadata |= describe_blocks(student.model.config) if chosen.stock else {}
         metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
 
     make(run, run.paths.exported, run.digests.export, "export", build)

@@ -44,8 +44,9 @@ COSMETIC = (
     "dataloader_pin_memory",
 )
 
-# Keys of a stage that came later, with what they are where nobody names them: stages made before are still good.
-LATER = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
+# Keys that came later, with what they are where nobody names them: what was made before is still good.
+LATER = (("latent_heads", 1), ("tied", False))
+LATER_OF_A_STAGE = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
 
 COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it
 
@@ -64,6 +65,11 @@ PREPARATION = (
     "pad_token",
     "dataset_kwargs",
 )
+
+
+def _known(settings: dict[str, Any], later: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Settings without keys that came later and have the value of before."""
+    return {key: value for key, value in settings.items() if (key, value) not in later}
 
 
 def _rows(stage: AnyStage) -> dict[str, int]:
@@ -180,12 +186,13 @@ class Fingerprints:
     def convert(self) -> str:
         """Of the conversion."""
         section = self.recipe.convert
+        settings = section.model_dump(mode="json", exclude={"calibration": {"data"}, "streaming": True})
         return fingerprint(
             {
                 "format": FORMAT,
                 "source": identity(self.recipe.model),
-                "geometry": asdict(self.prepared.geometry),
-                "convert": section.model_dump(mode="json", exclude={"calibration": {"data"}, "streaming": True}),
+                "geometry": _known(asdict(self.prepared.geometry), LATER),
+                "convert": _known(settings, LATER),
                 "parts": _shares(section.calibration.data),
                 "data": self._data(section.calibration.data, "convert.calibration.data"),
                 "dtype": str(self.prepared.dtype),
@@ -205,7 +212,7 @@ class Fingerprints:
             settings["compile"] = False  # what it was where nobody named it
         for key in COSMETIC:
             settings["trainer"].pop(key, None)
-        settings = {key: value for key, value in settings.items() if (key, value) not in LATER and key not in COSTS}
+        settings = {key: value for key, value in _known(settings, LATER_OF_A_STAGE).items() if key not in COSTS}
         settings |= _rows(stage)
         if stage.kind == "distill":
             settings["record"].pop("folder")
@@ -250,7 +257,7 @@ class Fingerprints:
         return fingerprint(
             {
                 "input": self.student,
-                "export": self.recipe.export.model_dump(mode="json"),
+                "export": self.recipe.export.content(),
                 "format": self.prepared.export.name,
             }
         )

@@ -62,9 +62,9 @@ def verify_folder(folder: Path) -> list[Finding]:
     }
     if not artifacts and not (folder / REPORT).exists():
         raise RecipeError("verify", f"nothing below {folder} is a result of a recipe; name an output directory")
-    found = [_digests(name, place) for name, place in artifacts.items()]
+    found = [digests_of(name, place) for name, place in artifacts.items()]
     whole = {line.what for line in found if line.good}
-    student = _student(folder)
+    student = student_of(folder)
     found += [Finding(name, False, "missing") for name in ("exported", student) if name not in artifacts]
     found += _report(folder, {place: artifacts[place] for place in artifacts if place in whole})
     if {"exported", student} <= whole:
@@ -89,14 +89,14 @@ def _caught(what: str, check: Callable[[], str]) -> Finding:
         return Finding(what, False, error.problem)
 
 
-def _digests(name: str, place: Path) -> Finding:
+def digests_of(name: str, place: Path) -> Finding:
     if (reason := damage(place)) is not None:
         return Finding(name, False, reason)
     size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     return Finding(name, True, f"{size / 2**20:,.1f} MiB as they were written")
 
 
-def _student(folder: Path) -> str:
+def student_of(folder: Path) -> str:
     """Where the student lies that is exported: `recovered`, or `converted` of a recipe without recovery."""
     return "recovered" if _tree(folder).get("recover") else "converted"
 
@@ -127,7 +127,7 @@ def _report(folder: Path, artifacts: dict[str, Path]) -> list[Finding]:
     named = [str(stage.get("name")) for stage in report["stages"] if isinstance(stage, dict)]
     lost = [name for name in named if name not in by_stage]
     try:
-        recipe = _recipe(folder)
+        recipe = kept_recipe(folder)
         geometry = _geometry(report["geometry"])
         answers = {model: _answers(folder, model) for model in MODELS if f"evaluate {model}" in by_stage}
         told = collect(
@@ -171,7 +171,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True)  # NaN is unlike itself
 
 
-def _recipe(folder: Path) -> Recipe:
+def kept_recipe(folder: Path) -> Recipe:
     return validate_recipe(_tree(folder))
 
 
@@ -187,10 +187,10 @@ def _answers(folder: Path, model: str) -> dict[str, Answers]:
 
 def _scores(folder: Path, student: Path) -> str:
     """The export, loaded in a fresh process, gives the student's log-probabilities."""
-    recipe, exported = _recipe(folder), folder / "exported"
+    recipe, exported = kept_recipe(folder), folder / "exported"
     config = read_config(student, "output_dir")
     section, metadata = recipe.export.verify, read_metadata(exported) or {}
-    tokens = _tokens(folder, recipe, config)
+    tokens = kept_tokens(folder, recipe, config)
     stored = sum(file.stat().st_size for file in student.glob("model*.safetensors"))
     dtype = ROUNDED[str(config.dtype).removeprefix("torch.")]
     whole = memory_of_check(section, stored // dtype.itemsize, config)
@@ -208,7 +208,7 @@ def _scores(folder: Path, student: Path) -> str:
     return f"{tokens.numel()} tokens, largest difference of a log-probability {found:.2e}"
 
 
-def _tokens(folder: Path, recipe: Recipe, config: PretrainedConfig) -> Tensor:
+def kept_tokens(folder: Path, recipe: Recipe, config: PretrainedConfig) -> Tensor:
     """Text that the models were evaluated on, where it is kept, else tokens by the recipe's seed: [n, L]."""
     wanted, length = recipe.export.verify.tokens, min(recipe.export.verify.tokens, recipe.evaluate.max_length)
     rows = max(1, wanted // length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -46,6 +47,8 @@ def recover(run: Run) -> None:
                 run.say(f"[{label}] not there, and not needed: a later student is current")
         if run.state.is_main_process:
             remove(run.paths.checkpoints(index))  # also those of a run that was killed before it could
+            with suppress(OSError):  # not empty: later stages have some, or not there
+                run.paths.checkpoints(index).parent.rmdir()
         run.state.wait_for_everyone()
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transmla.errors import RecipeError
 from transmla.recipe.model_source import ModelSource
 from transmla.sources.config import one_line
-from transmla.sources.gguf_header import check_gguf
+from transmla.sources.gguf_header import check_gguf, header_facts
+from transmla.sources.source_facts import CARD, card_text
 from transmla.sources.weights import AGAIN, listed, misfit
 
 SPLIT_DIGITS = {
@@ -85,6 +86,7 @@ def dequantise(gguf: Path, section: ModelSource, out: Path, key: str) -> None:
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    (out / CARD).write_text(card_text(header_facts(gguf)), encoding="utf-8")
     _edit_json(out / "config.json", lambda content: content.pop("_model_name_or_path", None))
     edits = section.tokenizer
     if edits.split_digits:

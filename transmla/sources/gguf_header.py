@@ -26,6 +26,13 @@ FIXED = {
     GGUFValueType.INT64: "q",
     GGUFValueType.FLOAT64: "d",
 }
+FACTS = {
+    b"general.license": "license",
+    b"general.license.name": "license_name",
+    b"general.license.link": "license_link",
+    b"general.languages": "language",
+}
+MOST = 1000  # languages
 ALIGNMENT = 32  # bytes, where the header names no other
 
 
@@ -47,12 +54,24 @@ def check_gguf(file: Path, key: str) -> None:
         raise RecipeError(key, f"{file} is no GGUF that can be read; {AGAIN}") from None
 
 
+def header_facts(file: Path) -> dict[str, str | list[str]]:
+    """What the header of a GGUF that `check_gguf` accepts says of licence and languages, by the hub's names for it."""
+    with file.open("rb") as content:
+        reader = _Reader(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
+        reader.size()
+    return {FACTS[name]: value for name, value in reader.facts.items() if value}
+
+
 class _Reader:
-    """Walks through a header; see https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
+    """Walks through a header; see https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+    facts: texts of the entries named in `FACTS`, after the walk.
+    """
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content = content
         self.position = 0
+        self.facts: dict[bytes, str | list[str]] = {}
 
     def size(self) -> int:
         """Bytes that the file has as a whole."""
@@ -65,15 +84,19 @@ class _Reader:
         alignment = ALIGNMENT
         for _ in range(entries):
             name = self._string()
-            value = self._value(GGUFValueType(self._numbers("I")[0]))
+            kind = GGUFValueType(self._numbers("I")[0])
+            if name in FACTS and kind in (GGUFValueType.STRING, GGUFValueType.ARRAY):
+                self._keep(name, kind)
+                continue
+            value = self._value(kind)
             if name == b"general.alignment" and value:
                 alignment = int(value)
         end = 0
         for _ in range(tensors):
             self._string()
             shape = self._numbers(f"{self._numbers('I')[0]}Q")
-            kind, offset = self._numbers("IQ")
-            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            quantisation, offset = self._numbers("IQ")
+            block, width = GGML_QUANT_SIZES[GGMLQuantizationType(quantisation)]
             end = max(end, offset + math.prod(shape) // block * width)
         return -(-self.position // alignment) * alignment + end
 
@@ -86,6 +109,19 @@ class _Reader:
         (length,) = self._numbers("Q")
         start, self.position = self.position, self.position + length
         return self.content[start : self.position]
+
+    def _keep(self, name: bytes, kind: GGUFValueType) -> None:
+        """A text, or a short list of them; another list is skipped."""
+        start = self.position
+        if kind == GGUFValueType.STRING:
+            self.facts[name] = self._string().decode(errors="replace")
+            return
+        inner, count = self._numbers("IQ")
+        if GGUFValueType(inner) == GGUFValueType.STRING and count <= MOST:
+            self.facts[name] = [self._string().decode(errors="replace") for _ in range(count)]
+        else:
+            self.position = start
+            self._value(kind)
 
     def _value(self, kind: GGUFValueType) -> float | None:
         """A number; None for what is skipped."""

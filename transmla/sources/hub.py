@@ -41,6 +41,7 @@ SMALL = (
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "chat_template.json",
+    "README.md",  # its licence and languages go into the card of an export
 )
 
 ANSWER_S = 10.0  # seconds that the hub has to answer a question about a repository

@@ -1,0 +1,1 @@
+"""Exported checkpoints in serving engines, where these are installed: `pytest -m serving -n0`."""

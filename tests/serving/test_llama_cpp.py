@@ -1,0 +1,84 @@
+"""llama.cpp beside transformers, on tiny checkpoints with everything that its files can hold.
+
+Where llama-cpp-python is not in this environment, TRANSMLA_LLAMA_CPP_PYTHON names the python of one that has it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stock_checkpoint import YARN, byte_pairs, sentencepiece, stock_checkpoint
+from transmla.export.gguf_file import save_gguf
+from transmla.export.gguf_pre_tokenizers import NAMES
+from transmla.run.engine_check import check_engine
+
+PYTHON = Path(os.environ.get("TRANSMLA_LLAMA_CPP_PYTHON", sys.executable))
+THERE = subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True).returncode == 0
+pytestmark = [
+    pytest.mark.serving,
+    pytest.mark.skipif(not THERE, reason="llama-cpp-python is not installed: TRANSMLA_LLAMA_CPP_PYTHON names a python"),
+]
+TOKENIZERS = {
+    "bytes": lambda: byte_pairs(),
+    "bytes, first token": lambda: byte_pairs("<|turn|>"),
+    "sentencepiece": lambda: sentencepiece(),
+    **{
+        name: lambda patterns=patterns, ignore=ignore: byte_pairs(patterns=patterns, ignore_merges=ignore)
+        for (patterns, ignore), name in NAMES.items()
+    },
+}
+CASES = {
+    "plain": {},
+    "query latent": {"q_lora_rank": 32},
+    "tied": {"tie_word_embeddings": True},
+    "yarn": {"rope_parameters": YARN},
+    "27 layers": {"num_hidden_layers": 27, "first_k_dense_replace": 27, "initializer_range": 0.05},
+    "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+}
+
+
+def missed(folder: Path, **options: object) -> list[str]:
+    """Lines that are no good."""
+    found = check_engine(folder, "llama.cpp", python=PYTHON, **options)  # type: ignore[arg-type]
+    assert {"log-probabilities", "greedy tokens", "tokens of text"} <= {line.what for line in found}, found
+    return [f"{line.what}: {line.detail}" for line in found if line.good is False]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    assert missed(stock_checkpoint(tmp_path, byte_pairs(), **CASES[name])) == []
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_it_makes_the_same_tokens(name: str, tmp_path: Path) -> None:
+    assert missed(stock_checkpoint(tmp_path, TOKENIZERS[name]())) == []
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q4_k_m"])
+def test_it_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    folder = stock_checkpoint(
+        tmp_path / "exported", byte_pairs(), dtype=torch.bfloat16, hidden_size=256, initializer_range=0.06
+    )
+    save_gguf(folder, tmp_path / "it.gguf", kind, python=PYTHON)
+    assert missed(folder, gguf=tmp_path / "it.gguf") == []
+
+
+def test_another_model_is_a_miss(tmp_path: Path) -> None:
+    folder = stock_checkpoint(tmp_path / "one", byte_pairs())
+    other = stock_checkpoint(tmp_path / "other", byte_pairs(), initializer_range=0.21)
+    save_gguf(other, tmp_path / "it.gguf", "f32")
+    assert len(missed(folder, gguf=tmp_path / "it.gguf")) >= 1
+
+
+def test_it_takes_some_depths_for_another_model(tmp_path: Path, monkeypatch) -> None:
+    """Why those are refused: with a query latent 27 layers do not load."""
+    fields = dict(num_hidden_layers=27, first_k_dense_replace=27, q_lora_rank=16)
+    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), **fields)
+    monkeypatch.setattr("transmla.export.gguf_file.unreadable", lambda config: None)
+    save_gguf(folder, tmp_path / "it.gguf", "f32")
+    found = check_engine(folder, "llama.cpp", python=PYTHON, gguf=tmp_path / "it.gguf")
+    assert len(found) == 1 and found[0].detail.startswith("it does not run the checkpoint: ")

@@ -1,0 +1,35 @@
+"""What llama.cpp reads wrongly or not at all of a checkpoint, seen from its configuration before a file is made."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from transmla.export.dimensions import EPS
+from transmla.export.engines import readings_of, stock_features
+
+ENGINE = "llama.cpp"
+SERVE = "serve it with transformers or with vllm serve DIR --model-impl transformers"
+
+
+def unreadable(config: PretrainedConfig) -> str | None:
+    """Why a GGUF would not be what a checkpoint is, with the ways out; None: it is."""
+    if config.model_type != "deepseek_v3":
+        return (
+            f"{ENGINE} has DeepSeek's classes, and this is a {config.model_type}; export the model as a stock "
+            "checkpoint (export.format=deepseek_v3 says what hinders), or serve it with transformers"
+        )
+    reading = next(
+        reading for reading in readings_of(stock_features(config, linear_norm=False)) if reading.engine == ENGINE
+    )
+    if not reading.reads:
+        return f"{ENGINE} would not read it rightly: {'; '.join(reading.why)}; {SERVE}"
+    if config.rms_norm_eps != EPS:
+        return (
+            f"its rms_norm_eps is {config.rms_norm_eps:g}, which {ENGINE} takes for the norms of the latents too, "
+            f"where transformers has {EPS:g}; export the model with this package, which makes both {EPS:g}"
+        )
+    if config.first_k_dense_replace < config.num_hidden_layers:
+        return f"it has experts (from layer {config.first_k_dense_replace} on), which are not written yet; {SERVE}"
+    if (config.rope_parameters or {}).get("truncate") is False:
+        return f"its YaRN is not truncated (rope_parameters.truncate), which {ENGINE} always does; {SERVE}"
+    return None

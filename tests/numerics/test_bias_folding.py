@@ -5,8 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.conftest import FULL, settings, tiny_model, windows
+from tests.numerics.test_exact import difference, stock
 from transmla.convert.bias_folding import constant_feature, fold, fold_queries_and_values, fold_rotating_keys
+from transmla.convert.conversion import convert_model
+from transmla.errors import RecipeError
 from transmla.families.family import SourceAttention
+from transmla.plan.conversion_checks import check_conversion
+from transmla.recipe.compose import load_recipe
 
 TOKENS, WIDTH = 400, 6
 
@@ -63,3 +69,59 @@ def test_every_map_has_inputs_of_its_own(part: str) -> None:
         assert rotating[0, 0] == pytest.approx(8.0 * 2.0 / 16.0, rel=1e-3)
     else:
         assert found[part][0, 0, 0] == pytest.approx(8.0 / means[part], rel=1e-3)
+
+
+def leaning_source(share: float):
+    """A source with biases whose attentions' inputs point to one side: every token has the same large coordinate, and
+    the rest is this share of it."""
+    source = tiny_model("qwen2", groups=1)
+    with torch.no_grad():
+        source.model.embed_tokens.weight.mul_(share)
+        source.model.embed_tokens.weight[:, 5] = 1.0
+        for layer in source.model.layers:
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight.mul_(share)
+                writer.weight[5] = 0.0
+    return source
+
+
+@pytest.mark.parametrize(("query_rank", "tied"), [(None, False), (64, False), (None, True)])
+def test_a_student_without_biases_equals_its_source(query_rank: int | None, tied: bool) -> None:
+    source = leaning_source(0.02)
+    section = FULL | {"q_lora_rank": query_rank, "tied": tied}
+    done = convert_model(source, settings(**section, biases="fold", refit=False), torch.cat(windows()))
+    student = done.student
+    assert not [name for name, _ in student.named_parameters() if name.endswith("bias")]
+    dropped = convert_model(source, settings(**section, refit=False), torch.cat(windows())).student
+    with torch.no_grad():
+        for name, parameter in dropped.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    assert difference(source, student) < 0.02 * difference(source, dropped)
+
+
+@pytest.mark.parametrize("layout", ["compact", "padded"])
+def test_its_export_has_no_biases_and_the_dimensions_that_were_asked_for(layout: str) -> None:
+    converted = convert_model(leaning_source(0.3), settings(**FULL, biases="fold"), torch.cat(windows()))
+    exported = stock(converted.student, layout, torch.float32)
+    assert difference(converted.student, exported) <= 1e-5
+    config = exported.config
+    assert (config.attention_bias, config.q_lora_rank) == (False, None)
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == ((32, 16) if layout == "compact" else (512, 64))
+    assert not [name for name in exported.state_dict() if name.endswith("bias")]
+
+
+def test_a_source_without_biases_is_what_it_was() -> None:
+    source = tiny_model("llama")
+    one, other = (
+        convert_model(source, settings(**FULL, biases=biases), torch.cat(windows())).student.state_dict()
+        for biases in ("keep", "fold")
+    )
+    assert all(torch.equal(value, other[name]) for name, value in one.items()) and list(one) == list(other)
+
+
+def test_a_bias_of_the_output_is_refused_by_name() -> None:
+    overrides = ["device=cpu", "+model.config.attention_bias=true", "convert.biases=fold"]
+    with pytest.raises(RecipeError, match=r"^convert.biases: .*attention's output.*use keep"):
+        check_conversion(load_recipe("debug", overrides), torch.float32, exports=True)
+    check_conversion(load_recipe("debug", overrides[:2]), torch.float32, exports=True)

@@ -172,6 +172,7 @@ PLANS = {
     "padded": (["export.layout=padded"], ENGINES),
     "norm": (["convert.latent_norm=true"], ENGINES),
     "biases": (BIASED, ("transformers", "vllm-transformers")),
+    "biases, folded": ([*BIASED, "convert.biases=fold"], ENGINES),
     "llama3": (SCALED, ("transformers", "vllm-transformers")),
     "own class": (["model.config.model_type=qwen3"], ("transformers", "vllm")),
     "own class that need not be": (["export.format=student"], ("transformers", "vllm")),
@@ -208,7 +209,7 @@ def test_a_named_engine_has_to_read_it(case: str) -> None:
 
 
 def test_the_ways_out_are_said() -> None:
-    with pytest.raises(RecipeError, match="name vllm-transformers instead"):
+    with pytest.raises(RecipeError, match="name vllm-transformers instead.*convert.biases=fold"):
         plan(*BIASED, "export.engines=[vllm]")
     with pytest.raises(RecipeError, match="use export.format=auto"):
         plan("export.format=student", "export.engines=[llama.cpp]")

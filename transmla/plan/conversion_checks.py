@@ -55,6 +55,12 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
         raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
     if family.head_norms is not None and section.q_lora_rank is not None:
         raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
+    if section.biases == "fold" and family.output_bias(config):
+        raise RecipeError(
+            "convert.biases",
+            "the source has a bias on the attention's output too, which no feature of the attention's input carries, so "
+            "that the export keeps the student's own class, which has biases; use keep",
+        )
     calibration = section.calibration
     if section.searched and calibration.tokens < 2 * calibration.max_length:
         raise RecipeError(

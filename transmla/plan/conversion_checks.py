@@ -58,8 +58,8 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
     if section.biases == "fold" and family.output_bias(config):
         raise RecipeError(
             "convert.biases",
-            "the source has a bias on the attention's output too, which no feature of its input carries, and the export "
-            "is the student's own class, which has biases; use keep",
+            "the source has a bias on the attention's output too, which no feature of its input carries, and its "
+            "export is the student's own class, which has biases; use keep",
         )
     calibration = section.calibration
     if section.searched and calibration.tokens < 2 * calibration.max_length:

@@ -243,3 +243,13 @@ def test_shipped_recipes_still_plan(name: str) -> None:
     assert "transformers" in plan.export.readers
     scaled = rope_types(plan.student) != {"default"}
     assert ("vllm" in plan.export.readers) == (not plan.export.stock or not (plan.student.mla_qkv_bias or scaled))
+
+
+@pytest.mark.parametrize(("name", "latent", "rope"), [("qwen7b_r1", 512, 64), ("qwen0.5b_r1", 96, 32)])
+def test_recovered_qwens_are_native_everywhere(name: str, latent: int, rope: int) -> None:
+    """Without biases there is no constant channel and no query latent: the cache that was asked for, exactly."""
+    plan = check_conversion(load_recipe(name, ["device=cpu"]), torch.bfloat16, exports=True)
+    assert tuple(plan.export.readers) == ENGINES
+    config = deepseek_config(plan.student, "compact", torch.bfloat16)
+    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.q_lora_rank) == (latent, rope, None)
+    assert not config.attention_bias

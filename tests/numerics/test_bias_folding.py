@@ -7,7 +7,13 @@ import torch
 
 from tests.conftest import FULL, settings, tiny_model, windows
 from tests.numerics.test_exact import difference, stock
-from transmla.convert.bias_folding import constant_feature, fold, fold_queries_and_values, fold_rotating_keys
+from transmla.convert.bias_folding import (
+    constant_feature,
+    fold,
+    fold_queries_and_values,
+    fold_rotating_keys,
+    kept_share,
+)
 from transmla.convert.conversion import convert_model
 from transmla.errors import RecipeError
 from transmla.families.family import SourceAttention
@@ -59,16 +65,42 @@ def test_every_map_has_inputs_of_its_own(part: str) -> None:
     maps[..., -1] = 8.0
     source = SourceAttention(maps, maps, maps, torch.zeros(WIDTH, 1, 2), None, 1.0)
     statistics = SimpleNamespace(
-        second_moment=second, mean=mean, averaged=averaged, averaged_mean=average, attended=attended
+        second_moment=second,
+        mean=mean,
+        averaged=averaged,
+        averaged_mean=average,
+        attended=attended,
+        distance=torch.ones(1, 6, dtype=torch.float64) / 6,
     )
     done = fold_queries_and_values(source, statistics)
     assert done.key is source.key
     found = {"query": done.query, "value": done.value}
     if part == "key":  # E[sum A x] is the mean of averaged inputs
-        rotating = fold_rotating_keys(maps[0], statistics)
-        assert rotating[0, 0] == pytest.approx(8.0 * 2.0 / 16.0, rel=1e-3)
+        third = torch.tensor([2 * torch.pi / 3], dtype=torch.float64)  # over six distances its mean is zero
+        rotating = fold_rotating_keys(maps[0], third, statistics)
+        slope = 2.0 / 16.0
+        share = 1.0 / (1.0 + 16.0 * slope**2 - 4.0 * slope + 1.0)  # s = 1; E(wx - 1)² = 16 w² - 2·2 w + 1
+        assert rotating[0, 0] == pytest.approx(8.0 * slope * share, rel=1e-3)
     else:
         assert found[part][0, 0, 0] == pytest.approx(8.0 / means[part], rel=1e-3)
+
+
+def test_the_share_of_a_rotating_bias_has_the_least_error() -> None:
+    """Against the variance itself, on a grid: what a query sees of a channel's constant once softmax has taken the mean
+    off."""
+    distance = torch.softmax(torch.linspace(2.0, -2.0, 64, dtype=torch.float64), 0)[None]
+    frequencies = torch.tensor([0.0, 1e-3, 1e-2, 1.0], dtype=torch.float64)
+    error = torch.tensor(4e-4, dtype=torch.float64)
+    found = kept_share(distance, frequencies, error)
+    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    steps = torch.arange(64, dtype=torch.float64)
+    for share, frequency in zip(found, frequencies, strict=True):
+        turned = torch.polar(torch.ones_like(steps), steps * frequency)
+        constant = (1 - grid)[:, None] * turned  # beside ε, of mean zero and independent: grid² E ε²
+        mean = (distance * constant).sum(-1)
+        variance = (distance * (constant - mean[:, None]).abs().square()).sum(-1) + grid.square() * error
+        assert share == pytest.approx(float(grid[variance.argmin()]), abs=1e-4)
+    assert found[0] == 0.0 and found[-1] > 0.99
 
 
 def leaning_source(share: float):
@@ -125,3 +157,17 @@ def test_a_bias_of_the_output_is_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"^convert.biases: .*attention's output.*use keep"):
         check_conversion(load_recipe("debug", overrides), torch.float32, exports=True)
     check_conversion(load_recipe("debug", overrides[:2]), torch.float32, exports=True)
+
+
+def test_a_large_bias_of_a_slow_channel_drowns_nothing() -> None:
+    """Qwen2 has key biases of hundreds where a channel hardly turns: folded as a whole they are noise on all logits."""
+    source = leaning_source(0.1)
+    source.config.rope_parameters["rope_theta"] = 1e12
+    source.model.rotary_emb = type(source.model.rotary_emb)(source.config)
+    with torch.no_grad():
+        for layer in source.model.layers:
+            layer.self_attn.k_proj.bias[7::8] += 100.0  # one key head of 16: pair 7, the slowest, is (7, 15)
+    student = convert_model(source, settings(**FULL, biases="fold", refit=False), torch.cat(windows())).student
+    with torch.no_grad():
+        one, other = (model(windows()[0]).logits.log_softmax(-1) for model in (source, student))
+    assert float((one.exp() * (one - other)).sum(-1).mean()) < 1e-3

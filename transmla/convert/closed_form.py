@@ -73,7 +73,8 @@ def closed_form_weights(
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
     k_nope = rope.k_nope[..., :-1]
     if geometry.folded_biases:
-        rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, statistics))
+        channels = frequencies[:: geometry.collapse][: geometry.qk_rope_head_dim // 2]
+        rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, channels, statistics))
     moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]
     value_cost = output.unflatten(0, (groups, repeat)).sum(1)
 

@@ -12,7 +12,8 @@ from transmla.convert.bias_folding import (
     fold,
     fold_queries_and_values,
     fold_rotating_keys,
-    kept_share,
+    seen_bias,
+    turned_moments,
 )
 from transmla.convert.conversion import convert_model
 from transmla.errors import RecipeError
@@ -76,31 +77,49 @@ def test_every_map_has_inputs_of_its_own(part: str) -> None:
     assert done.key is source.key
     found = {"query": done.query, "value": done.value}
     if part == "key":  # E[sum A x] is the mean of averaged inputs
-        third = torch.tensor([2 * torch.pi / 3], dtype=torch.float64)  # over six distances its mean is zero
-        rotating = fold_rotating_keys(maps[0], third, statistics)
-        slope = 2.0 / 16.0
-        share = 1.0 / (1.0 + 16.0 * slope**2 - 4.0 * slope + 1.0)  # s = 1; E(wx - 1)² = 16 w² - 2·2 w + 1
-        assert rotating[0, 0] == pytest.approx(8.0 * slope * share, rel=1e-3)
+        third = torch.tensor([2 * torch.pi / 3], dtype=torch.float64)  # over six distances its mean is zero: S = N
+        rotating = fold_rotating_keys(maps[0], torch.eye(2, dtype=torch.float64)[None], third, statistics)
+        assert rotating[0, 0] == pytest.approx(8.0 * 2.0 / 16.0, rel=1e-3)
     else:
         assert found[part][0, 0, 0] == pytest.approx(8.0 / means[part], rel=1e-3)
 
 
-def test_the_share_of_a_rotating_bias_has_the_least_error() -> None:
-    """Against the variance itself, on a grid: what a query sees of a channel's constant once softmax has taken the mean
-    off."""
+def test_turned_moments_are_the_sums() -> None:
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.randn(50, 2, 6, dtype=torch.float64, generator=generator) + 1.0
+    distance = torch.rand(2, 9, dtype=torch.float64, generator=generator)
+    distance /= distance.sum(-1, keepdim=True)
+    frequencies = torch.tensor([1.0, 0.3, 0.001], dtype=torch.float64)
+    steps = torch.arange(9, dtype=torch.float64)
+    phase = torch.polar(torch.ones(9, 3, dtype=torch.float64), torch.outer(steps, frequencies))
+    z = torch.complex(*queries.chunk(2, dim=-1))[:, :, None] * phase  # [n, H, L, N]
+    u = torch.cat((z.real, z.imag), dim=-1)
+    wanted = torch.einsum("hl,nhlp,nhlq->pq", distance, u, u) / 50
+    mean = torch.einsum("hl,nhlp->nhp", distance, u)
+    moments = torch.einsum("nhp,nhq->hpq", queries, queries) / 50
+    whole, apart = turned_moments(moments, distance, frequencies)
+    torch.testing.assert_close(whole, wanted)
+    torch.testing.assert_close(apart, torch.einsum("nhp,nhq->pq", mean, mean) / 50)
+
+
+def test_no_other_bias_is_seen_less() -> None:
+    """The variance itself, for a w·x of mean and second moment 1 - E ε², beside its neighbours."""
+    generator = torch.Generator().manual_seed(4)
+    queries = torch.randn(30, 4, dtype=torch.float64, generator=generator) + 2.0
     distance = torch.softmax(torch.linspace(2.0, -2.0, 64, dtype=torch.float64), 0)[None]
-    frequencies = torch.tensor([0.0, 1e-3, 1e-2, 1.0], dtype=torch.float64)
-    error = torch.tensor(4e-4, dtype=torch.float64)
-    found = kept_share(distance, frequencies, error)
-    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)
-    steps = torch.arange(64, dtype=torch.float64)
-    for share, frequency in zip(found, frequencies, strict=True):
-        turned = torch.polar(torch.ones_like(steps), steps * frequency)
-        constant = (1 - grid)[:, None] * turned  # beside ε, of mean zero and independent: grid² E ε²
-        mean = (distance * constant).sum(-1)
-        variance = (distance * (constant - mean[:, None]).abs().square()).sum(-1) + grid.square() * error
-        assert share == pytest.approx(float(grid[variance.argmin()]), abs=1e-4)
-    assert found[0] == 0.0 and found[-1] > 0.99
+    frequencies, bias = torch.tensor([0.3, 1e-3]).double(), torch.tensor([3.0, 200.0, -2.0, 100.0]).double()
+    whole, mean = turned_moments((queries.mT @ queries / 30)[None], distance, frequencies)
+    error = 4e-4
+    found = seen_bias(bias, torch.tensor(error), whole, mean)
+
+    def variance(beta: torch.Tensor) -> float:
+        square = bias @ whole @ bias + (1 - error) * (beta @ whole @ beta - 2 * bias @ whole @ beta)
+        rest = bias - (1 - error) * beta
+        return float(square - rest @ mean @ rest)
+
+    for step in torch.randn(20, 4, dtype=torch.float64, generator=generator):
+        assert variance(found) < variance(found + 0.1 * step)
+    assert variance(found) < 0.2 * min(variance(bias), variance(0 * bias))
 
 
 def leaning_source(share: float):
@@ -159,15 +178,38 @@ def test_a_bias_of_the_output_is_refused_by_name() -> None:
     check_conversion(load_recipe("debug", overrides[:2]), torch.float32, exports=True)
 
 
+def centred_logits(query: torch.Tensor, key: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """Logits [T, T] of rotated queries and keys [T, P], as softmax sees them: a query's mean over keys taken off."""
+    turned = [torch.complex(*half.chunk(2, dim=-1)) for half in (query, key)]
+    phase = torch.polar(
+        torch.ones(len(key), len(frequencies)).double(), torch.outer(torch.arange(len(key)), frequencies)
+    )
+    logits = ((turned[0] * phase) @ (turned[1] * phase).mH).real
+    return logits - logits.mean(1, keepdim=True)
+
+
 def test_a_large_bias_of_a_slow_channel_drowns_nothing() -> None:
     """Qwen2 has key biases of hundreds where a channel hardly turns: folded as a whole they are noise on all logits."""
-    source = leaning_source(0.1)
-    source.config.rope_parameters["rope_theta"] = 1e12
-    source.model.rotary_emb = type(source.model.rotary_emb)(source.config)
-    with torch.no_grad():
-        for layer in source.model.layers:
-            layer.self_attn.k_proj.bias[7::8] += 100.0  # one key head of 16: pair 7, the slowest, is (7, 15)
-    student = convert_model(source, settings(**FULL, biases="fold", refit=False), torch.cat(windows())).student
-    with torch.no_grad():
-        one, other = (model(windows()[0]).logits.log_softmax(-1) for model in (source, student))
-    assert float((one.exp() * (one - other)).sum(-1).mean()) < 1e-3
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(200, WIDTH, dtype=torch.float64, generator=generator)
+    x[:, 2] = 3.0 + 0.1 * x[:, 2]
+    query = torch.randn(200, 4, dtype=torch.float64, generator=generator)
+    maps = torch.randn(4, WIDTH + 1, dtype=torch.float64, generator=generator)
+    maps[:, -1] = torch.tensor([2.0, 300.0, -2.0, 200.0])  # channels 0 and 1: real parts, imaginary parts
+    frequencies = torch.tensor([1.0, 1e-6], dtype=torch.float64)
+    statistics = SimpleNamespace(
+        attended=x.mT @ x / len(x),
+        averaged_mean=x.mean(0),
+        distance=torch.ones(1, 200, dtype=torch.float64) / 200,
+    )
+
+    def error(folded: torch.Tensor) -> float:
+        wanted, found = (x @ one[:, :-1].mT + one[:, -1] for one in (maps, folded))
+        off = centred_logits(query, found, frequencies) - centred_logits(query, wanted, frequencies)
+        return float(off.square().mean() / centred_logits(query, wanted, frequencies).square().mean())
+
+    whole = fold(maps, constant_feature(statistics.attended, statistics.averaged_mean))
+    nothing = torch.cat((maps[:, :-1], torch.zeros(4, 1).double()), dim=1)
+    moment = (query.mT @ query / len(query))[None]
+    found = error(fold_rotating_keys(maps, moment, frequencies, statistics))
+    assert found < 0.01 * error(whole) and found < 0.1 * error(nothing)

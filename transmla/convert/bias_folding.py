@@ -12,8 +12,7 @@ behind a norm point to one side. Every map is asked on inputs of its own, and ha
 
 The bias of a key without rotation is no matter of these: softmax does not see it. It hardly sees that of a channel that
 turns slowly either, where the biases of Qwen2 are hundreds of times the keys: a few percent of those would drown all
-logits. With ε = wᵀx - 1 and Δ the distance, a share α of the bias leaves e^{iΔω} (1 - α (1 + ε)), whose variance
-under attention is (1 - α)² (1 - |E e^{iΔω}|²) + α² E ε². It is least at the α of `kept_share`.
+logits. So a rotating key does not get b wᵀ but β wᵀ, with the β that queries see least of (`seen_bias`).
 """
 
 from __future__ import annotations
@@ -58,24 +57,65 @@ def fold_queries_and_values(source: SourceAttention, statistics: LayerStatistics
     return replace(source, query=fold(source.query, each), value=fold(source.value, averaged))
 
 
-def kept_share(distance: Tensor, frequencies: Tensor, error: Tensor) -> Tensor:
-    """The share α of a rotating key's bias that is worth its error, by channel: s / (s + E ε²), with the spread
-    s = 1 - |E e^{iΔω}|² as the mean over heads. 0 without rotation, where softmax does not see the bias; else near 1.
+def turned_moments(queries: Tensor, distance: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """N and M, sums over heads of E[u uᵀ] and of E_q[E_Δ[u] E_Δ[u]ᵀ], for queries u = R_Δ q turned by their distance Δ.
+
+    With z the complex form of q, turning multiplies E[z_m conj(z_n)] by e^{iΔ(ω_m - ω_n)} and E[z_m z_n] by
+    e^{iΔ(ω_m + ω_n)}, whose means are values of one characteristic function.
 
     Args:
-        distance: [H, L], attention by distance. frequencies: ω, [N]. error: E ε², of the feature over attended tokens.
+        queries: E[q qᵀ], [H, P, P], pairs (m, m + P/2). distance: [H, L], attention by distance. frequencies: [P/2].
 
     Returns:
-        [N].
+        [P, P] each.
     """
-    spread = (1.0 - mean_rotation(distance, frequencies).abs().square()).mean(0).clamp_min(0.0)
-    return spread / (spread + error).clamp_min(1e-30)
+    eye = torch.eye(len(frequencies), dtype=torch.complex128, device=queries.device)
+    to_pairs = torch.cat((eye, 1j * eye), dim=1)
+    moment, pseudo = (to_pairs @ queries.to(eye) @ other for other in (to_pairs.mH, to_pairs.mT))
+
+    def turn(omega: Tensor) -> Tensor:
+        return mean_rotation(distance, omega.flatten()).conj().unflatten(1, omega.shape)
+
+    def to_real(same: Tensor, other: Tensor) -> Tensor:
+        """E[u uᵀ] from E[z z^H] and E[z zᵀ], [H, N, N] each."""
+        upper = torch.cat(((same + other).real, (other - same).imag), dim=-1)
+        lower = torch.cat(((other + same).imag, (same - other).real), dim=-1)
+        return torch.cat((upper, lower), dim=-2).sum(0) / 2
+
+    rows, columns, each = frequencies[:, None], frequencies[None], turn(frequencies)
+    whole = to_real(moment * turn(rows - columns), pseudo * turn(rows + columns))
+    mean = to_real(
+        moment * each[:, :, None] * each[:, None].conj(),
+        pseudo * each[:, :, None] * each[:, None],
+    )
+    return whole, mean
 
 
-def fold_rotating_keys(keys: Tensor, frequencies: Tensor, statistics: LayerStatistics) -> Tensor:
-    """Maps of the shared rotating key, [P, D1], without a bias. frequencies: of its channels, [P/2]."""
+def seen_bias(bias: Tensor, error: Tensor, whole: Tensor, mean: Tensor) -> Tensor:
+    """The β for which a rotating key's β wᵀx stands best for its bias b, [P].
+
+    A query sees uᵀ(b - β wᵀx), less its mean over the tokens that it attends to. With x independent of distance and
+    query, the variance is least where (S + E ε² M) β = S b, ε = wᵀx - 1, S = N - M. Nothing of b is left without
+    rotation, where S = 0; all of it where E ε² = 0.
+
+    Args:
+        bias: b, [P]. error: E ε² over attended tokens. whole, mean: N and M of `turned_moments`.
+    """
+    spread = whole - mean
+    level = 1e-9 * whole.diagonal().mean().clamp_min(1e-30)  # directions that no query has are left out
+    damping = level * torch.eye(len(bias), dtype=bias.dtype, device=bias.device)
+    return torch.linalg.solve(spread + error * mean + damping, spread @ bias)
+
+
+def fold_rotating_keys(keys: Tensor, queries: Tensor, frequencies: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Maps of the shared rotating key, [P, D1], without a bias.
+
+    Args:
+        queries: E[q qᵀ] of the rope head's queries, [H, P, P], by what an error of a logit costs. frequencies: of its
+            channels, [P/2].
+    """
     moment, mean = statistics.attended, statistics.averaged_mean
     feature = constant_feature(moment, mean)
     error = (feature @ moment @ feature - 2.0 * feature @ mean + 1.0).clamp_min(0.0)
-    share = kept_share(statistics.distance, frequencies, error).repeat(2)
-    return fold(torch.cat((keys[:, :-1], share[:, None] * keys[:, -1:]), dim=1), feature)
+    bias = seen_bias(keys[:, -1], error, *turned_moments(queries, statistics.distance, frequencies))
+    return fold(torch.cat((keys[:, :-1], bias[:, None]), dim=1), feature)

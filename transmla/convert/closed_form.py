@@ -74,7 +74,8 @@ def closed_form_weights(
     k_nope = rope.k_nope[..., :-1]
     if geometry.folded_biases:
         channels = frequencies[:: geometry.collapse][: geometry.qk_rope_head_dim // 2]
-        rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, channels, statistics))
+        queries = statistics.logit_cost[:, None, None] * (rope.q_rope @ query_moment @ rope.q_rope.mT)
+        rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, queries, channels, statistics))
     moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]
     value_cost = output.unflatten(0, (groups, repeat)).sum(1)
 

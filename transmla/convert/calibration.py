@@ -36,9 +36,9 @@ class LayerStatistics:
     attended: E[sum_s A_ts x_s x_s^T], [D, D]. logit_cost: [H], see `AttentionMoments`.
 
     Only of an attention whose queries and keys pass a norm, both before rotation and behind the norm: query_moment:
-    E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]; attended_key_cross: the same over attended keys.
-    key_energy: E|k|², [G]. key_error: [G], the share of the keys' variance that no linear map of x explains, set when
-    the keys are fitted (transmla.convert.key_norm).
+    E[q q^T], [H, d, d]. query_cross: E[q [x;1]^T], [H, d, D1], where it was asked for. key_cross: E[k [x;1]^T], [G, d,
+    D1]; attended_key_cross: the same over attended keys. key_energy: E|k|², [G]. key_error: [G], query_error: [H], the
+    share of their variance that no linear map of x explains, set when they are fitted (transmla.convert.linear_norms).
     """
 
     second_moment: Tensor
@@ -50,10 +50,12 @@ class LayerStatistics:
     attended: Tensor
     logit_cost: Tensor
     query_moment: Tensor | None = None
+    query_cross: Tensor | None = None
     key_cross: Tensor | None = None
     attended_key_cross: Tensor | None = None
     key_energy: Tensor | None = None
     key_error: Tensor | None = None
+    query_error: Tensor | None = None
 
     def augmented(self) -> Tensor:
         """Second moment of [x; 1], [D1, D1]."""
@@ -76,10 +78,12 @@ def _augment(second_moment: Tensor, mean: Tensor) -> Tensor:
 class NormedMoments:
     """Moments of queries and keys behind their norms, from the attention's input in float64."""
 
-    def __init__(self, module: SourceModule, norms: tuple[HeadNorm, HeadNorm]) -> None:
-        self.module = module
+    def __init__(self, module: SourceModule, norms: tuple[HeadNorm, HeadNorm], *, queries: bool) -> None:
+        """queries: whether `query_cross` is wanted, H·d·D1 numbers."""
+        self.module, self.wants_queries = module, queries
         self.query_norm, self.key_norm = norms
         self.query: Tensor | float = 0.0
+        self.query_cross: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.energy: Tensor | float = 0.0
 
@@ -97,14 +101,22 @@ class NormedMoments:
         query = self._heads(self.module.q_proj, self.query_norm, x)
         key = self.keys(x)
         self.query = self.query + torch.einsum("nhv,nhw->hvw", query, query)
-        self.cross = self.cross + torch.einsum("ngw,nx->gwx", key, F.pad(x, (0, 1), value=1.0))
+        ones = F.pad(x, (0, 1), value=1.0)
+        if self.wants_queries:
+            self.query_cross = self.query_cross + torch.einsum("nhw,nx->hwx", query, ones)
+        self.cross = self.cross + torch.einsum("ngw,nx->gwx", key, ones)
         self.energy = self.energy + key.square().sum((0, 2))
 
     def result(self, tokens: int) -> dict[str, Tensor]:
         """The fields of `LayerStatistics`."""
-        query, cross, energy = self.query, self.cross, self.energy
-        assert isinstance(query, Tensor) and isinstance(cross, Tensor) and isinstance(energy, Tensor), "nothing added"
-        return {"query_moment": query / tokens, "key_cross": cross / tokens, "key_energy": energy / tokens}
+        sums = {"query_moment": self.query, "key_cross": self.cross, "key_energy": self.energy}
+        if self.wants_queries:
+            sums["query_cross"] = self.query_cross
+        found: dict[str, Tensor] = {}
+        for name, value in sums.items():
+            assert isinstance(value, Tensor), "nothing added"
+            found[name] = value / tokens
+        return found
 
 
 class _Accumulator:
@@ -208,7 +220,7 @@ def _observed(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator
 
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel, windows: Iterable[Tensor], *, length: int, total: int | None = None
+    model: PreTrainedModel, windows: Iterable[Tensor], *, length: int, total: int | None = None, queries: bool = False
 ) -> list[LayerStatistics]:
     """Stream windows of text through the source's trunk and measure every attention.
 
@@ -216,6 +228,7 @@ def calibrate(
         windows: batches of token ids [B, T], T at most `length`.
         length: longest window, the size of the distance histogram.
         total: number of batches, for the progress bar.
+        queries: also measure `query_cross`, which absorbing the queries' norm needs.
 
     Returns:
         One `LayerStatistics` a layer, on the model's device.
@@ -224,7 +237,7 @@ def calibrate(
         ValueError: there was no text.
     """
     modules = [layer.self_attn for layer in model.model.layers]
-    accumulators = {module: _accumulator(model.config, module, length, model.device) for module in modules}
+    accumulators = {module: _accumulator(model.config, module, length, model.device, queries) for module in modules}
     with _observed(model, accumulators):
         for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
             model.model(input_ids=batch.to(model.device), use_cache=False)
@@ -235,23 +248,31 @@ def calibrate(
 
 @torch.no_grad()
 def calibrate_layer(
-    model: PreTrainedModel, index: int, run: Callable[[], None], *, length: int, device: torch.device
+    model: PreTrainedModel,
+    index: int,
+    run: Callable[[], None],
+    *,
+    length: int,
+    device: torch.device,
+    queries: bool = False,
 ) -> LayerStatistics:
     """Measure one attention while `run` passes text through its layer, the only one that has to be in memory.
 
     Args:
-        length: longest window. device: where the layer is, and its statistics will be.
+        length: longest window. device: where the layer is, and its statistics will be. queries: as in `calibrate`.
     """
     module = model.model.layers[index].self_attn
-    accumulator = _accumulator(model.config, module, length, device)
+    accumulator = _accumulator(model.config, module, length, device, queries)
     with _observed(model, {module: accumulator}):
         run()
     return accumulator.result()
 
 
-def _accumulator(config: PretrainedConfig, module: SourceModule, length: int, device: torch.device) -> _Accumulator:
+def _accumulator(
+    config: PretrainedConfig, module: SourceModule, length: int, device: torch.device, queries: bool
+) -> _Accumulator:
     family = FAMILIES[config.model_type]
     source = family.read_attention(module, config, device)
-    normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
+    normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module), queries=queries)
     attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
     return _Accumulator(config.hidden_size, attention, normed)

@@ -45,7 +45,7 @@ def closed_form_weights(
     repeat = heads // groups
     covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
     augmented = statistics.augmented()
-    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.key_norm)"
+    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.linear_norms)"
     key, query = source.key, source.query
     if source.query_norm is None:
         query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)

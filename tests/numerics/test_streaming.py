@@ -49,7 +49,7 @@ BY_LAYER = dict(refit=False, freqfold="auto")
     "case,fields",
     [(case, dict(refit=True, freqfold=2)) for case in CASES]
     + [(case, dict(refit=False, freqfold=2)) for case in ("qwen3", "gemma2")]
-    + [("qwen3", dict(BY_LAYER, qk_norm="absorb"))]
+    + [("qwen3", dict(refit=False, freqfold=2, qk_norm="absorb"))]
     + [("qwen2", dict(BY_LAYER, latent_heads=2)), ("llama", dict(refit=True, freqfold=2, latent_heads=2, tied=True))]
     + [(case, BY_LAYER) for case in ("llama", "qwen2", "mixtral", "gemma2")],
     ids=str,

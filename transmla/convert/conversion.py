@@ -86,10 +86,9 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
     """
     windows, held_out = split(windows, settings)
     batches = windows.split(settings.calibration.batch_size)
-    absorbs = settings.qk_norm == "absorb"
-    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches), queries=absorbs)
-    choices: list[str] = []
     geometry = derive_geometry(source.config, settings)
+    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches), geometry=geometry)
+    choices: list[str] = []
     if held_out is not None:
         settings, geometry, choices = search(
             source,
@@ -201,7 +200,7 @@ def linear_attention(
     if geometry.absorbed_norms:
         queries = fit_queries(weights, statistics, constant=constant)
         statistics.query_error = queries.error
-        weights = with_linear_queries(weights, queries)
+        weights = with_linear_queries(weights, queries, geometry.q_lora_rank)
     return with_linear_keys(weights, keys)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from transmla.convert.calibration import LayerStatistics
+from transmla.convert.query_latent import query_latent
 from transmla.families.family import HeadNorm, SourceAttention
 
 RIDGE = 1e-7  # of the mean eigenvalue of E[x x^T]
@@ -45,17 +46,24 @@ def fit_keys(source: SourceAttention, statistics: LayerStatistics, *, constant: 
 
 
 def fit_queries(source: SourceAttention, statistics: LayerStatistics, *, constant: bool = True) -> LinearFit:
-    """Regress normalised queries on the augmented input, as `fit_keys` does keys.
+    """Regress normalised queries on the augmented input, as `fit_keys` does keys, or on a normed latent of it.
 
     Args:
         source: its `query_norm` is there.
-        statistics: with `query_cross` and `query_moment`.
+        statistics: with `query_cross` and `query_moment`; with `latent_moment` maps are [H, d, R].
     """
     norm, cross, query_moment = source.query_norm, statistics.query_cross, statistics.query_moment
     assert norm is not None and cross is not None and query_moment is not None, "calibration measures them"
+    energy = query_moment.diagonal(dim1=1, dim2=2).sum(-1)
+    if statistics.latent_moment is not None:
+        moment = statistics.latent_moment
+        level = RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        maps = torch.linalg.solve(moment + level, cross.mT).mT
+        left = energy - 2 * (maps * cross).sum((1, 2)) + torch.einsum("hwx,xy,hwy->h", maps, moment, maps)
+        return LinearFit(maps, (left / energy.clamp_min(1e-30)).clamp_min(0.0))
     moment = statistics.augmented()
     maps = _regress(source.query, norm, cross, moment, constant)
-    return LinearFit(maps, _left(maps, cross, query_moment.diagonal(dim1=1, dim2=2).sum(-1), moment))
+    return LinearFit(maps, _left(maps, cross, energy, moment))
 
 
 def _regress(projection: Tensor, norm: HeadNorm, cross: Tensor, moment: Tensor, constant: bool) -> Tensor:
@@ -86,9 +94,10 @@ def with_linear_keys(source: SourceAttention, fit: LinearFit) -> SourceAttention
     return replace(source, key=fit.maps, key_norm=None)
 
 
-def with_linear_queries(source: SourceAttention, fit: LinearFit) -> SourceAttention:
-    """The same for queries."""
-    return replace(source, query=fit.maps, query_norm=None)
+def with_linear_queries(source: SourceAttention, fit: LinearFit, rank: int | None) -> SourceAttention:
+    """The same for queries. rank: of the normed latent that the map reads, or None."""
+    latent = None if rank is None else query_latent(source, rank)
+    return replace(source, query=fit.maps, query_norm=None, query_latent=latent)
 
 
 def describe_errors(what: str, errors: list[float]) -> str:

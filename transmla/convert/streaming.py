@@ -127,7 +127,7 @@ class _Streaming:
             lambda: self._calibrate(index),
             length=self.windows.shape[1],
             device=device,
-            queries=self.geometry.absorbed_norms,
+            geometry=self.geometry,
         )
         self.scales.append(statistics.output_mean_square)
         attention = self._solve(index, statistics)

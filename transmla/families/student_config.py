@@ -50,6 +50,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_output_bias=bool(family.output_bias(source)),
         mla_query_norm_dim=geometry.head_dim if normed else None,
         mla_latent_norm=geometry.latent_norm,
+        **({"mla_query_latent_norm": True} if geometry.absorbed_norms and geometry.q_lora_rank is not None else {}),
         **({"mla_latent_heads": geometry.latent_heads} if geometry.latent_heads > 1 else {}),
         **({"mla_tied": True} if geometry.tied else {}),
         architectures=[family.student_model.__name__],

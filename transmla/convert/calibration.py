@@ -38,10 +38,12 @@ class LayerStatistics:
     attended: E[sum_s A_ts x_s x_s^T], [D, D]. logit_cost: [H], see `AttentionMoments`.
 
     Only of an attention whose queries and keys pass a norm, both before rotation and behind the norm: query_moment:
-    E[q q^T], [H, d, d]. query_cross: E[q [x;1]^T], [H, d, D1], or E[q z^T], [H, d, R], with latent_moment E[z z^T] of a query latent
-    z (transmla.convert.query_latent), where these were asked for. key_cross: E[k [x;1]^T], [G, d,
-    D1]; attended_key_cross: the same over attended keys. key_energy: E|k|², [G]. key_error: [G], query_error: [H], the
-    share of their variance that no linear map of x explains, set when they are fitted (transmla.convert.linear_norms).
+    E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]; attended_key_cross: the same over attended keys.
+    key_energy: E|k|², [G]. key_error: [G], query_error: [H], the share of their variance that no linear map of x
+    explains, set when they are fitted (transmla.convert.linear_norms).
+
+    Only where queries' norms are absorbed: query_cross: E[q [x;1]^T], [H, d, D1]; or E[q z^T], [H, d, R], of a query
+    latent z (transmla.convert.query_latent), and latent_moment, E[z z^T].
     """
 
     second_moment: Tensor

@@ -39,7 +39,6 @@ class MLAGeometry:
     latent_norm: bool = False  # RMSNorm on the latents
     latent_heads: int = 1
     tied: bool = False
-    absorbed_norms: bool = False  # of the source's queries and keys: the student has neither
 
     @property
     def theta_power(self) -> float:
@@ -194,7 +193,6 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
         latent_norm=convert.latent_norm,
         latent_heads=convert.latent_heads,
         tied=convert.tied,
-        absorbed_norms=convert.qk_norm == "absorb",
     )
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_config, tiny_model, windows
 from transmla.convert.calibration import calibrate, capped_attention
 from transmla.convert.conversion import assemble_student, convert_model
-from transmla.convert.linear_norms import fit_keys
+from transmla.convert.key_norm import fit_keys
 from transmla.errors import RecipeError
 from transmla.export.formats import choose_format
 from transmla.families import FAMILIES, default_kernel, family_of

@@ -141,17 +141,6 @@ MISTAKES = {
         "convert.latent_norm",
         "latent_heads: 1",
     ),
-    "no norms to absorb": (["recipe=debug", "convert.qk_norm=absorb"], "convert.qk_norm", "pass no norm"),
-    "absorbed for nothing": (
-        [
-            "recipe=debug",
-            "convert.qk_norm=absorb",
-            "model.config.model_type=qwen3",
-            "+model.config.attention_bias=true",
-        ],
-        "convert.qk_norm",
-        "use keep",
-    ),
     "padding between latents": (
         ["recipe=debug", "convert.latent_heads=2", "export.layout=padded"],
         "export.layout",

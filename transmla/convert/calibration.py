@@ -18,10 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transmla.convert.attention_moments import QUERY_BLOCK, AttentionMoments, tensor_cores
-from transmla.convert.query_latent import normed_latent, query_latent
 from transmla.families import FAMILIES
 from transmla.families.family import HeadNorm, SourceModule
-from transmla.geometry import MLAGeometry
 from transmla.modeling.config_facts import sliding_window_of
 from transmla.modeling.kernels.eager import eager_attention
 
@@ -39,11 +37,8 @@ class LayerStatistics:
 
     Only of an attention whose queries and keys pass a norm, both before rotation and behind the norm: query_moment:
     E[q q^T], [H, d, d]. key_cross: E[k [x;1]^T], [G, d, D1]; attended_key_cross: the same over attended keys.
-    key_energy: E|k|², [G]. key_error: [G], query_error: [H], the share of their variance that no linear map of x
-    explains, set when they are fitted (transmla.convert.linear_norms).
-
-    Only where queries' norms are absorbed: query_cross: E[q [x;1]^T], [H, d, D1]; or E[q z^T], [H, d, R], of a query
-    latent z (transmla.convert.query_latent), and latent_moment, E[z z^T].
+    key_energy: E|k|², [G]. key_error: [G], the share of the keys' variance that no linear map of x explains, set when
+    the keys are fitted (transmla.convert.key_norm).
     """
 
     second_moment: Tensor
@@ -55,13 +50,10 @@ class LayerStatistics:
     attended: Tensor
     logit_cost: Tensor
     query_moment: Tensor | None = None
-    query_cross: Tensor | None = None
-    latent_moment: Tensor | None = None
     key_cross: Tensor | None = None
     attended_key_cross: Tensor | None = None
     key_energy: Tensor | None = None
     key_error: Tensor | None = None
-    query_error: Tensor | None = None
 
     def augmented(self) -> Tensor:
         """Second moment of [x; 1], [D1, D1]."""
@@ -81,22 +73,13 @@ def _augment(second_moment: Tensor, mean: Tensor) -> Tensor:
     return full
 
 
-@dataclass(frozen=True)
-class Absorbs:
-    """What the norm of queries is absorbed into: a map of [x; 1], or one of a normed `latent` [R, D] of x."""
-
-    latent: Tensor | None
-
-
 class NormedMoments:
     """Moments of queries and keys behind their norms, from the attention's input in float64."""
 
-    def __init__(self, module: SourceModule, norms: tuple[HeadNorm, HeadNorm], *, absorbs: Absorbs | None) -> None:
-        self.module, self.absorbs = module, absorbs
+    def __init__(self, module: SourceModule, norms: tuple[HeadNorm, HeadNorm]) -> None:
+        self.module = module
         self.query_norm, self.key_norm = norms
         self.query: Tensor | float = 0.0
-        self.query_cross: Tensor | float = 0.0
-        self.latent_moment: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.energy: Tensor | float = 0.0
 
@@ -114,27 +97,14 @@ class NormedMoments:
         query = self._heads(self.module.q_proj, self.query_norm, x)
         key = self.keys(x)
         self.query = self.query + torch.einsum("nhv,nhw->hvw", query, query)
-        ones = F.pad(x, (0, 1), value=1.0)
-        if self.absorbs is not None:
-            inputs = ones if self.absorbs.latent is None else normed_latent(self.absorbs.latent, x)
-            self.query_cross = self.query_cross + torch.einsum("nhw,nx->hwx", query, inputs)
-            if self.absorbs.latent is not None:
-                self.latent_moment = self.latent_moment + inputs.mT @ inputs
-        self.cross = self.cross + torch.einsum("ngw,nx->gwx", key, ones)
+        self.cross = self.cross + torch.einsum("ngw,nx->gwx", key, F.pad(x, (0, 1), value=1.0))
         self.energy = self.energy + key.square().sum((0, 2))
 
     def result(self, tokens: int) -> dict[str, Tensor]:
         """The fields of `LayerStatistics`."""
-        sums = {"query_moment": self.query, "key_cross": self.cross, "key_energy": self.energy}
-        if self.absorbs is not None:
-            sums["query_cross"] = self.query_cross
-            if self.absorbs.latent is not None:
-                sums["latent_moment"] = self.latent_moment
-        found: dict[str, Tensor] = {}
-        for name, value in sums.items():
-            assert isinstance(value, Tensor), "nothing added"
-            found[name] = value / tokens
-        return found
+        query, cross, energy = self.query, self.cross, self.energy
+        assert isinstance(query, Tensor) and isinstance(cross, Tensor) and isinstance(energy, Tensor), "nothing added"
+        return {"query_moment": query / tokens, "key_cross": cross / tokens, "key_energy": energy / tokens}
 
 
 class _Accumulator:
@@ -238,12 +208,7 @@ def _observed(model: PreTrainedModel, accumulators: dict[nn.Module, _Accumulator
 
 @torch.no_grad()
 def calibrate(
-    model: PreTrainedModel,
-    windows: Iterable[Tensor],
-    *,
-    length: int,
-    total: int | None = None,
-    geometry: MLAGeometry | None = None,
+    model: PreTrainedModel, windows: Iterable[Tensor], *, length: int, total: int | None = None
 ) -> list[LayerStatistics]:
     """Stream windows of text through the source's trunk and measure every attention.
 
@@ -251,7 +216,6 @@ def calibrate(
         windows: batches of token ids [B, T], T at most `length`.
         length: longest window, the size of the distance histogram.
         total: number of batches, for the progress bar.
-        geometry: the student's, where norms are to be absorbed, which needs `query_cross`.
 
     Returns:
         One `LayerStatistics` a layer, on the model's device.
@@ -260,7 +224,7 @@ def calibrate(
         ValueError: there was no text.
     """
     modules = [layer.self_attn for layer in model.model.layers]
-    accumulators = {module: _accumulator(model.config, module, length, model.device, geometry) for module in modules}
+    accumulators = {module: _accumulator(model.config, module, length, model.device) for module in modules}
     with _observed(model, accumulators):
         for batch in tqdm(windows, total=total, desc="calibrate", unit="batch"):
             model.model(input_ids=batch.to(model.device), use_cache=False)
@@ -271,37 +235,23 @@ def calibrate(
 
 @torch.no_grad()
 def calibrate_layer(
-    model: PreTrainedModel,
-    index: int,
-    run: Callable[[], None],
-    *,
-    length: int,
-    device: torch.device,
-    geometry: MLAGeometry | None = None,
+    model: PreTrainedModel, index: int, run: Callable[[], None], *, length: int, device: torch.device
 ) -> LayerStatistics:
     """Measure one attention while `run` passes text through its layer, the only one that has to be in memory.
 
     Args:
-        length: longest window. device: where the layer is, and its statistics will be. geometry: as in `calibrate`.
+        length: longest window. device: where the layer is, and its statistics will be.
     """
     module = model.model.layers[index].self_attn
-    accumulator = _accumulator(model.config, module, length, device, geometry)
+    accumulator = _accumulator(model.config, module, length, device)
     with _observed(model, {module: accumulator}):
         run()
     return accumulator.result()
 
 
-def _accumulator(
-    config: PretrainedConfig, module: SourceModule, length: int, device: torch.device, geometry: MLAGeometry | None
-) -> _Accumulator:
+def _accumulator(config: PretrainedConfig, module: SourceModule, length: int, device: torch.device) -> _Accumulator:
     family = FAMILIES[config.model_type]
     source = family.read_attention(module, config, device)
-    normed = None
-    if family.head_norms is not None:
-        absorbs = None
-        if geometry is not None and geometry.absorbed_norms:
-            rank = geometry.q_lora_rank
-            absorbs = Absorbs(None if rank is None else query_latent(source, rank))
-        normed = NormedMoments(module, family.head_norms(module), absorbs=absorbs)
+    normed = None if family.head_norms is None else NormedMoments(module, family.head_norms(module))
     attention = AttentionMoments(source.output, len(source.key), length, normed_keys=normed is not None)
     return _Accumulator(config.hidden_size, attention, normed)

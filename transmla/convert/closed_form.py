@@ -45,11 +45,12 @@ def closed_form_weights(
     repeat = heads // groups
     covariance = statistics.second_moment - torch.outer(statistics.mean, statistics.mean)
     augmented = statistics.augmented()
-    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.linear_norms)"
+    assert source.key_norm is None, "keys behind a norm are fitted first (transmla.convert.key_norm)"
     key, query = source.key, source.query
-    if statistics.query_moment is None:
+    if source.query_norm is None:
         query_moment = torch.einsum("hwx,xy,hvy->hwv", query, augmented, query)
     else:
+        assert statistics.query_moment is not None, "calibration measures it where queries pass a norm"
         query_moment = statistics.query_moment
     value = source.value[..., :-1]
 
@@ -177,13 +178,6 @@ def _queries(
             "q_mix.weight": mix,
         }
     maps = mix @ source.query  # [H, nope + P, D1]
-    if source.query_latent is not None:
-        return {
-            "q_a_proj.weight": source.query_latent,
-            "q_a_layernorm.weight": torch.ones_like(source.query_latent[:, 0]),
-            "q_b_proj.weight": maps.flatten(0, 1),
-            "q_b_proj.bias": maps.new_zeros(maps.shape[:2]).flatten(),
-        }
     bias = maps[..., -1].flatten()
     if geometry.q_lora_rank is None:
         return {"q_proj.weight": maps[..., :-1].flatten(0, 1), "q_proj.bias": bias}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate
 from transmla.convert.closed_form import closed_form_weights
+from transmla.convert.key_norm import describe_key_errors, fit_keys, with_linear_keys
 from transmla.convert.latent_norm import norm_weights
-from transmla.convert.linear_norms import (
-    describe_errors,
-    fit_keys,
-    fit_queries,
-    with_linear_keys,
-    with_linear_queries,
-)
 from transmla.convert.refit import refit_outputs
 from transmla.convert.search import search, split
 from transmla.families import Family, SourceAttention, family_of
@@ -39,8 +33,8 @@ class Findings:
     """What a conversion found besides weights.
 
     settings, geometry: with what a search chose. choices: a line for each decision of a search. output_scales: E|o|² of
-    every attention of the source. key_errors, query_errors: by layer, the mean share of the keys' or queries' variance
-    that no linear map explains; empty where they pass no norm, or keep it.
+    every attention of the source. key_errors: by layer, the mean share of the keys' variance that no linear map
+    explains; empty where keys pass no norm.
     """
 
     settings: Convert
@@ -48,20 +42,15 @@ class Findings:
     choices: list[str]
     output_scales: list[float]
     key_errors: list[float]
-    query_errors: list[float]
 
     def describe(self) -> dict[str, Any]:
         """What an artifact keeps of it: dimensions, choices, and what linear keys lose."""
         kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
-        for name, errors in (("key", self.key_errors), ("query", self.query_errors)):
-            if errors:
-                kept[f"{name}_regression_error"] = errors
-        return kept
+        return kept | ({"key_regression_error": self.key_errors} if self.key_errors else {})
 
     def notes(self) -> list[str]:
         """Sentences for the user."""
-        lost = (("keys", self.key_errors), ("queries", self.query_errors))
-        return self.choices + [describe_errors(what, errors) for what, errors in lost if errors]
+        return self.choices + ([describe_key_errors(self.key_errors)] if self.key_errors else [])
 
 
 @dataclass(kw_only=True)
@@ -86,9 +75,9 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
     """
     windows, held_out = split(windows, settings)
     batches = windows.split(settings.calibration.batch_size)
-    geometry = derive_geometry(source.config, settings)
-    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches), geometry=geometry)
+    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches))
     choices: list[str] = []
+    geometry = derive_geometry(source.config, settings)
     if held_out is not None:
         settings, geometry, choices = search(
             source,
@@ -100,6 +89,7 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
     student = assemble_student(source, geometry, settings, statistics)
     if settings.refit:
         refit_model(source, student, settings, windows)
+    errors = [layer.key_error for layer in statistics if layer.key_error is not None]
     return Conversion(
         student=student,
         settings=settings,
@@ -108,14 +98,8 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
         choices=choices,
         fitted_on=windows,
         output_scales=[layer.output_mean_square for layer in statistics],
-        key_errors=means_of(layer.key_error for layer in statistics),
-        query_errors=means_of(layer.query_error for layer in statistics),
+        key_errors=[float(error.mean()) for error in errors],
     )
-
-
-def means_of(errors: Iterable[Tensor | None]) -> list[float]:
-    """The means over heads, where there are any. errors: [heads], of each layer."""
-    return [float(error.mean()) for error in errors if error is not None]
 
 
 def refit_model(source: PreTrainedModel, student: PreTrainedModel, settings: Convert, windows: Tensor) -> None:
@@ -143,9 +127,7 @@ def assemble_student(
     layers = source.model.layers
 
     def solve(index: int) -> dict[str, Tensor]:
-        weights = linear_attention(
-            family, layers[index].self_attn, source.config, statistics[index], source.device, geometry
-        )
+        weights = linear_attention(family, layers[index].self_attn, source.config, statistics[index], source.device)
         frequencies = family.frequencies(source, index).double()
         solved = solve_attention(
             weights, statistics[index], frequencies, geometry, settings, config, freqfold=geometry.freqfold_of(index)
@@ -182,26 +164,16 @@ def _side_by_side(
 
 
 def linear_attention(
-    family: Family,
-    module: SourceModule,
-    config: PretrainedConfig,
-    statistics: LayerStatistics,
-    device: torch.device,
-    geometry: MLAGeometry,
+    family: Family, module: SourceModule, config: PretrainedConfig, statistics: LayerStatistics, device: torch.device
 ) -> SourceAttention:
-    """The linear maps of one source attention. Keys behind a norm become linear first, and with `absorbed_norms` the
-    queries; the shares of their variance that are lost are set in the statistics."""
+    """The linear maps of one source attention. Keys behind a norm become linear first; the share of their variance that
+    is lost is set in the statistics."""
     weights = family.read_attention(module, config, device)
     if weights.key_norm is None:
         return weights
-    constant = not geometry.absorbed_norms or bool(weights.key[..., -1].any())
-    keys = fit_keys(weights, statistics, constant=constant)
-    statistics.key_error = keys.error
-    if geometry.absorbed_norms:
-        queries = fit_queries(weights, statistics, constant=constant)
-        statistics.query_error = queries.error
-        weights = with_linear_queries(weights, queries, geometry.q_lora_rank)
-    return with_linear_keys(weights, keys)
+    fit = fit_keys(weights, statistics)
+    statistics.key_error = fit.error
+    return with_linear_keys(weights, fit)
 
 
 def solve_attention(

@@ -33,7 +33,7 @@ def norm_weights(weights: dict[str, Tensor], augmented: Tensor, kv_lora_rank: in
         :kv_lora_rank
     ]
     out = {"kv_a_layernorm.weight": latent.new_full((kv_lora_rank,), scale_of(latent, augmented))}
-    if "q_a_proj.weight" in weights and "q_a_layernorm.weight" not in weights:
+    if "q_a_proj.weight" in weights:
         query = weights["q_a_proj.weight"]
         out["q_a_layernorm.weight"] = query.new_full((len(query),), scale_of(query, augmented[:-1, :-1]))
     return out

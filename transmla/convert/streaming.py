@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.convert.calibration import LayerStatistics, calibrate_layer
-from transmla.convert.conversion import Findings, drift_of, linear_attention, means_of, solve_attention
+from transmla.convert.conversion import Findings, drift_of, linear_attention, solve_attention
 from transmla.convert.refit import refit_layer
 from transmla.convert.search import folds_of, split
 from transmla.families import family_of
@@ -105,7 +105,6 @@ class _Streaming:
         self.folds: list[int] = []
         self.scales: list[float] = []
         self.key_errors: list[float] = []
-        self.query_errors: list[float] = []
 
     def begin(self) -> None:
         """Fill the streams from the embedding."""
@@ -122,17 +121,12 @@ class _Streaming:
         """All tensors of one student layer, by name; the source's layer is in memory."""
         source, device = self.source.layers, self.source.device
         statistics = calibrate_layer(
-            source.model,
-            index,
-            lambda: self._calibrate(index),
-            length=self.windows.shape[1],
-            device=device,
-            geometry=self.geometry,
+            source.model, index, lambda: self._calibrate(index), length=self.windows.shape[1], device=device
         )
         self.scales.append(statistics.output_mean_square)
         attention = self._solve(index, statistics)
-        self.key_errors += means_of([statistics.key_error])
-        self.query_errors += means_of([statistics.query_error])
+        if statistics.key_error is not None:
+            self.key_errors.append(float(statistics.key_error.mean()))
         del statistics
         self._load(index, attention)
         if self.own is not None:
@@ -159,7 +153,7 @@ class _Streaming:
         """The student's attention by name within the layer, with the freqfold that is best for it."""
         source, config, device = self.source.model, self.source.config, self.source.device
         module = source.model.layers[index].self_attn
-        weights = linear_attention(self.family, module, config, statistics, device, self.geometry)
+        weights = linear_attention(self.family, module, config, statistics, device)
         frequencies = self.family.frequencies(source, index).double()
 
         def solve(fold: int) -> dict[str, Tensor]:
@@ -208,7 +202,6 @@ class _Streaming:
             choices=choices,
             output_scales=self.scales,
             key_errors=self.key_errors,
-            query_errors=self.query_errors,
             student=self.student,
             seconds=seconds,
         )

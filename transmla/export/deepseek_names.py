@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from transmla.export.expressible import has_latent_norm, has_query_latent_norm
+from transmla.export.expressible import has_latent_norm
 from transmla.export.latent_blocks import is_grouped
 from transmla.modeling.latents import is_tied, latent_heads
 
@@ -93,13 +93,13 @@ def name_map(config: PretrainedConfig) -> NameMap:
         added += IDENTITY_QUERY_LATENT
     else:
         attention |= QUERY_LATENT if ranked else QUERY
-        added += LINEAR_QUERY_NORM if ranked and not has_query_latent_norm(config) else ()
+        added += LINEAR_QUERY_NORM if ranked and not normed else ()
     if normed:
         attention["kv_a_layernorm.weight"] = "kv_a_layernorm.weight"
+        if ranked:
+            attention["q_a_layernorm.weight"] = "q_a_layernorm.weight"
     else:
         added += LINEAR_NORM
-    if ranked and has_query_latent_norm(config):
-        attention["q_a_layernorm.weight"] = "q_a_layernorm.weight"
     if is_grouped(config):
         attention = _by_latent(attention, 0 if is_tied(config) else latent_heads(config))
         added += UP.values() if is_tied(config) else ()

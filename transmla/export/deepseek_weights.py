@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, template
 from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
-from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm, has_query_latent_norm
+from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
 from transmla.export.latent_blocks import whole_up_projection
 
 # What writes into the residual stream: scaled where the source's eps is another than the format's.
@@ -166,7 +166,7 @@ def _attention_state(
         up_query = weights["q_b_proj.weight"]
         out["q_a_layernorm.weight"] = latent.new_full((config.q_lora_rank,), norm)
         out["q_a_proj.weight"] = weights["q_a_proj.weight"] * LATENT_SCALE
-        if has_query_latent_norm(config):
+        if normed:
             out["q_a_layernorm.weight"] = weights["q_a_layernorm.weight"]
             out["q_a_proj.weight"] = weights["q_a_proj.weight"]
         if biased:

@@ -32,11 +32,6 @@ def has_latent_norm(config: PretrainedConfig) -> bool:
     return getattr(config, "mla_latent_norm", False)
 
 
-def has_query_latent_norm(config: PretrainedConfig) -> bool:
-    """Whether the student's query latent has a real norm, with that of the keys' and values' latent or alone."""
-    return has_latent_norm(config) or getattr(config, "mla_query_latent_norm", False)
-
-
 def blocking_dtype(config: PretrainedConfig, dtype: torch.dtype) -> str | None:
     """Why a student cannot be stored in a number format, or None.
 

@@ -48,7 +48,6 @@ class SourceAttention:
 
     query: [H, d, D1]. key, value: [G, d, D1]. output: [D, H, d]. output_bias: [D] or None.
     scaling: factor on the logits. Coordinates l and l + d/2 of queries and keys form a rotary pair.
-    query_latent: [R, D], where `query` is a map [H, d, R] of a normed latent of x (transmla.convert.query_latent).
     query_norm, key_norm: what follows `query` and `key` before the rotation, None where nothing does.
     """
 
@@ -60,7 +59,6 @@ class SourceAttention:
     scaling: float
     query_norm: HeadNorm | None = None
     key_norm: HeadNorm | None = None
-    query_latent: Tensor | None = None
 
 
 def affine(linear: nn.Linear, heads: int, device: torch.device) -> Tensor:

@@ -33,5 +33,5 @@ QWEN3 = Family(
     head_norms=plain_head_norms,
     qkv_bias=lambda config: True,  # the linear map that replaces normalised keys has one
     output_bias=lambda config: config.attention_bias,
-    inexpressible=lambda config: None if config.mla_query_norm_dim is None else INEXPRESSIBLE,
+    inexpressible=lambda config: INEXPRESSIBLE,
 )

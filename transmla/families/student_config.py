@@ -34,9 +34,6 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         fields.pop(name, None)
     if geometry.theta_power != 1.0:
         fields["rope_parameters"] = _with_theta(fields["rope_parameters"], geometry.theta_power)
-    normed = family.head_norms is not None and not geometry.absorbed_norms
-    # The linear map that replaces normalised keys beside kept queries has a constant; absorbed norms bring none.
-    biased = getattr(source, "attention_bias", False) if geometry.absorbed_norms else family.qkv_bias(source)
     make: Any = family.student_config  # keeps MLA's dimensions, as it keeps every key; none of them is declared
     return make(
         **fields,
@@ -46,11 +43,10 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         v_head_dim=geometry.v_head_dim,
         kv_lora_rank=geometry.kv_lora_rank,
         q_lora_rank=geometry.q_lora_rank,
-        mla_qkv_bias=bool(biased),
+        mla_qkv_bias=bool(family.qkv_bias(source)),
         mla_output_bias=bool(family.output_bias(source)),
-        mla_query_norm_dim=geometry.head_dim if normed else None,
+        mla_query_norm_dim=None if family.head_norms is None else geometry.head_dim,
         mla_latent_norm=geometry.latent_norm,
-        **({"mla_query_latent_norm": True} if geometry.absorbed_norms and geometry.q_lora_rank is not None else {}),
         **({"mla_latent_heads": geometry.latent_heads} if geometry.latent_heads > 1 else {}),
         **({"mla_tied": True} if geometry.tied else {}),
         architectures=[family.student_model.__name__],

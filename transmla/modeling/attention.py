@@ -98,8 +98,7 @@ class MLAAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, self.num_heads * qk_head_dim, bias=bias)
         else:
             self.q_a_proj = nn.Linear(hidden, self.q_lora_rank, bias=False)
-            normed = getattr(config, "mla_query_latent_norm", False)
-            self.q_a_layernorm = (DeepseekV3RMSNorm if normed else norm)(self.q_lora_rank)
+            self.q_a_layernorm = norm(self.q_lora_rank)
             self.q_b_proj = nn.Linear(self.q_lora_rank, self.num_heads * qk_head_dim, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = norm(self.kv_lora_rank)

@@ -21,11 +21,9 @@ def install_attention(
     MLA's cos and sin (as in transformers' DeepseekV3Config).
 
     Args:
-        query_norm: class of the norm on queries, for a family that has one; left out of a student that absorbed it.
+        query_norm: class of the norm on queries, for a family that has one.
         softcap: cap on the attention's logits, or None.
     """
-    if query_norm is not None and student.config.mla_query_norm_dim is None:
-        query_norm = None
     for index, layer in enumerate(student.model.layers):
         layer.self_attn = MLAAttention(student.config, index, query_norm=query_norm, softcap=softcap)
     student.post_init()

@@ -8,9 +8,8 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.export.expressible import blocking_feature
 from transmla.export.formats import Format, choose_format
-from transmla.families import Family, family_of
+from transmla.families import family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.recipe.schema import Recipe
@@ -54,28 +53,11 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
         found.append(ConversionPlan(config, student, geometry, export, family.notice(config)))
     if dtype == torch.float16 and recipe.recover:
         raise RecipeError("dtype", "recovery does not train in float16; use float32 or bfloat16")
-    if family.head_norms is not None and section.qk_norm == "keep" and section.q_lora_rank is not None:
+    if family.head_norms is not None and section.q_lora_rank is not None:
         raise RecipeError("convert.q_lora_rank", "the source's queries pass a norm, which is kept; use null")
-    if section.qk_norm == "absorb":
-        _check_absorption(family, found[0].student)
     calibration = section.calibration
     if section.searched and calibration.tokens < 2 * calibration.max_length:
         raise RecipeError(
             "convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more"
         )
     return found[0]
-
-
-def _check_absorption(family: Family, student: PretrainedConfig) -> None:
-    """Whether there are norms to absorb, and a stock checkpoint comes of it.
-
-    Raises:
-        RecipeError: not.
-    """
-    if family.head_norms is None:
-        raise RecipeError("convert.qk_norm", "the source's queries and keys pass no norm; leave it out")
-    if (reason := blocking_feature(student)) is not None:
-        raise RecipeError(
-            "convert.qk_norm",
-            f"absorbed norms cost quality, and no stock checkpoint comes of this model anyway: {reason}; use keep",
-        )

@@ -193,8 +193,6 @@ def _moments(recipe: Recipe, config: PretrainedConfig) -> int:
     count = 3 * hidden**2 + heads * recipe.convert.calibration.max_length
     if family_of(config).head_norms is not None:
         count += heads * width**2 + 2 * (config.num_key_value_heads or heads) * width * hidden
-        if recipe.convert.qk_norm == "absorb":
-            count += heads * width * hidden
     return 8 * count
 
 

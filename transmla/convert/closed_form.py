@@ -64,6 +64,7 @@ def closed_form_weights(
         freqfold=freqfold,
         collapse=geometry.collapse,
         channels=geometry.qk_rope_head_dim // 2,
+        idle=geometry.idle_channels,
         distance=statistics.distance if settings.mean_rotation else None,
         mixing=settings.mixing,
     )

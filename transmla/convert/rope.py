@@ -65,6 +65,7 @@ def decouple_rope(
     channels: int,
     distance: Tensor | None,
     mixing: str = "complex",
+    idle: int = 0,
 ) -> DecoupledRope:
     """Split rotary attention into a shared rope head and parts without rotation.
 
@@ -81,6 +82,8 @@ def decouple_rope(
             that distribution. None: it becomes 1. (The mean itself also shrinks the logits, as the best constant for
             their squared error does; measured, keeping their size is better: docs/experiments.md.)
         mixing: `complex` (unitary) or `real` (orthogonal, as TransMLA).
+        idle: channels in front that turn at no frequency of the source: no query reads them, and their key is the
+            first one, so that training has something to turn to. The last `idle` frequencies keep no rotation.
     """
     heads, groups = len(query), len(key)
     q, k = to_complex(query), to_complex(key)
@@ -95,7 +98,7 @@ def decouple_rope(
     q_nope = phase.conj()[:, :, None] * q
     k_nope = k.clone()
     q_rope, k_rope = [], []
-    rotated = collapse * channels
+    rotated = collapse * (channels - idle)
     for start in range(0, rotated, freqfold):
         width = min(freqfold, rotated - start)
         keep = width // collapse
@@ -110,6 +113,9 @@ def decouple_rope(
         k_rope.append(kept)
         mix = basis.unflatten(0, (groups, width))[group_of]  # [H, F, keep]
         q_rope.append(torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band]))
+    if idle:
+        q_rope.insert(0, q.new_zeros(heads, idle, q.shape[-1]))
+        k_rope.insert(0, k_rope[0][:1].expand(idle, -1))
     return DecoupledRope(
         q_nope=to_real(q_nope),
         k_nope=to_real(k_nope),

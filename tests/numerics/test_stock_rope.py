@@ -120,7 +120,7 @@ def test_an_idle_channel_changes_no_logit() -> None:
 
 def converted(parameters: dict, **section: object):
     model = tiny_model("llama", groups=1, dtype=torch.float32, rope_parameters=parameters)
-    return model, convert_model(model, settings(**(FULL | {"rope": "stock"} | section)), torch.cat(windows())).student
+    return model, convert_model(model, settings(**(FULL | {"rope": "stock", "refit": False} | section)), torch.cat(windows())).student
 
 
 @pytest.mark.parametrize("query_rank", [None, 64])
@@ -129,7 +129,7 @@ def converted(parameters: dict, **section: object):
 def test_export_equals_the_student(parameters: dict, layout: str, query_rank: int | None) -> None:
     """DeepSeek multiplies the logits of YaRN by (0.1 ln factor + 1)²; the queries are divided by it."""
     _, student = converted(parameters, q_lora_rank=query_rank)
-    assert logit_factor(student.config.rope_parameters) > 1.2
+    assert logit_factor(student.config.rope_parameters) > 1.04
     exported = stock(student, layout, torch.float32)
     assert exported.config.rope_parameters["rope_type"] == "yarn"
     assert difference(student, exported) <= 1e-5
@@ -147,7 +147,7 @@ def test_a_source_that_turns_like_the_student_is_equalled() -> None:
 def test_linear_scaling_loses_only_its_slowest_frequency() -> None:
     """... whose rotation becomes a constant: the source with that frequency at zero is the student, in float64."""
     model = tiny_model("llama", groups=1, dtype=torch.float64, rope_parameters=LINEAR)
-    section = settings(**(FULL | {"rope": "stock", "mean_rotation": False}))
+    section = settings(**(FULL | {"rope": "stock", "mean_rotation": False, "refit": False}))
     student = convert_model(model, section, torch.cat(windows())).student
     model.model.rotary_emb.inv_freq[-1] = 0
     assert difference(model, student) <= 1e-6  # cos and sin come from float32 angles in both
@@ -172,4 +172,4 @@ def test_another_collapse_needs_a_stock_embedding() -> None:
 
 def test_embeddings_by_layer_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"^convert.rope: .* use keep$"):
-        derive_geometry(tiny_config("gemma3"), settings(**(FULL | {"rope": "stock"})))
+        derive_geometry(tiny_config("gemma3_text"), settings(**(FULL | {"rope": "stock"})))

@@ -60,9 +60,14 @@ def stock_rope(config: PretrainedConfig, head_dim: int, collapse: int, rope: int
     return nearest_stock_rope(scaled, theta, rope, wanted, config.max_position_embeddings).describe()
 
 
+def default_frequencies(theta: float, dim: int) -> Tensor:
+    """[dim/2] radians a position of an unscaled embedding, in float64."""
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
 def source_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
     """[dim/2] radians a position of a `default`, `linear` or `llama3` embedding, in float64."""
-    found = parameters["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    found = default_frequencies(parameters["rope_theta"], dim)
     if parameters["rope_type"] == "linear":
         return found / parameters["factor"]
     if parameters["rope_type"] == "llama3":
@@ -83,7 +88,7 @@ def yarn_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
     low = max(math.floor(channel(parameters["beta_fast"])), 0)
     high = min(math.ceil(channel(parameters["beta_slow"])), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)).clamp(0, 1)
-    found = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    found = default_frequencies(base, dim)
     return found * (1 - ramp + ramp / parameters["factor"])
 
 
@@ -144,14 +149,14 @@ def nearest_stock_rope(
         frequencies: [dim/2], wanted. positions: max_position_embeddings.
     """
     channels = dim // 2
-    plain = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    plain = default_frequencies(theta, dim)
     steps = torch.exp(torch.linspace(0.0, math.log(max(2, positions)), DISTANCES, dtype=torch.float64))
     found = []
-    for idle, ramp, factor in _candidates(scaled, theta, dim, frequencies / plain):
+    for idle, base, ramp, factor in _candidates(scaled, theta, dim, frequencies / plain):
         if ramp is None:
-            parameters, given = {"rope_type": "default", "rope_theta": theta}, plain
+            parameters, given = {"rope_type": "default", "rope_theta": base}, default_frequencies(base, dim)
         else:
-            parameters = _yarn(theta, factor, *ramp, dim=dim, positions=positions)
+            parameters = _yarn(base, factor, *ramp, dim=dim, positions=positions)
             given = yarn_frequencies(parameters, dim)
         turned = torch.cat((given[idle:], given.new_zeros(idle)))
         cost = float((2 - 2 * torch.cos(torch.outer(steps, frequencies - turned))).mean())
@@ -162,23 +167,27 @@ def nearest_stock_rope(
 
 def _candidates(
     scaled: dict[str, Any], theta: float, dim: int, ratio: Tensor
-) -> Iterator[tuple[int, tuple[int, int] | None, float]]:
-    """Idle channels, bounds of the ramp (None: `default`) and factor of every embedding that is tried.
+) -> Iterator[tuple[int, float, tuple[int, int] | None, float]]:
+    """Idle channels, base, bounds of the ramp (None: `default`) and factor of every embedding that is tried.
 
     ratio: [dim/2], of wanted to unscaled frequencies.
     """
     factor = float(scaled["factor"])
-    yield 0, None, factor
+    yield 0, theta, None, factor
     if scaled["rope_type"] == "linear":
-        yield 0, (0, 1), factor
-        if dim > 2 and factor * theta ** (-2 / dim) >= 1:
-            yield 1, (0, 1), factor * theta ** (-2 / dim)
+        yield 0, theta, (0, 1), factor
+        behind = factor * theta ** (-2 / dim)
+        if dim > 2 and behind >= 1:
+            yield 1, theta, (0, 1), behind
+        elif dim > 2 and factor > 1:  # YaRN does not make frequencies larger
+            yield 1, theta, None, factor
+            yield 1, factor ** (dim / 2), None, factor  # channel 1 exact
         return
     first = int((ratio > 1 - 1e-9).sum())  # of the channels that are scaled, and of those that are divided
     last = dim // 2 - int((ratio < (1 + 1e-9) / factor).sum())
     for low in range(max(0, first - 3), last + 1):
         for high in range(low + 1, min(last + 4, dim)):
-            yield 0, (low, high), factor
+            yield 0, theta, (low, high), factor
 
 
 def _yarn(theta: float, factor: float, low: int, high: int, *, dim: int, positions: int) -> dict[str, Any]:

@@ -87,14 +87,14 @@ def test_linear_scaling_is_exact_behind_an_idle_channel(theta: float, factor: fl
     torch.testing.assert_close(given[1:], wanted[:-1], rtol=1e-13, atol=0)
 
 
-def test_a_small_factor_has_no_idle_channel() -> None:
-    """YaRN does not multiply frequencies; then all channels but the first are exact."""
-    parameters = LINEAR | {"factor": 1.2}
-    found = stock_rope(source(parameters, 64, 4096), 64, 2, 32)
-    assert found["idle_channels"] == 0 and found["channels_changed"] == 1
-    assert found["largest_error"] == pytest.approx(0.2)
-    wanted, given = source_frequencies(parameters, 64)[::2], yarn_frequencies(found["parameters"], 32)
-    torch.testing.assert_close(given[1:], wanted[1:], rtol=1e-13, atol=0)
+@pytest.mark.parametrize(("factor", "rope", "idle", "error"), [(1.2, 32, 0, 0.2), (8.0, 8, 1, 0.6)])
+def test_yarn_makes_no_frequency_larger(factor: float, rope: int, idle: int, error: float) -> None:
+    """A factor below a channel's step has no exact embedding; then the first channel, or all others, are near."""
+    parameters = LINEAR | {"factor": factor}
+    dim = 2 * rope
+    found = stock_rope(source(parameters, dim, 4096), dim, 2, rope)
+    assert (found["idle_channels"], found["parameters"]["rope_type"]) == (idle, "default" if idle else "yarn")
+    assert found["channels_changed"] >= 1 and 0 < found["largest_error"] <= error + 1e-9
 
 
 def test_scaling_that_scales_nothing_becomes_none() -> None:
@@ -120,7 +120,9 @@ def test_an_idle_channel_changes_no_logit() -> None:
 
 def converted(parameters: dict, **section: object):
     model = tiny_model("llama", groups=1, dtype=torch.float32, rope_parameters=parameters)
-    return model, convert_model(model, settings(**(FULL | {"rope": "stock", "refit": False} | section)), torch.cat(windows())).student
+    return model, convert_model(
+        model, settings(**(FULL | {"rope": "stock", "refit": False} | section)), torch.cat(windows())
+    ).student
 
 
 @pytest.mark.parametrize("query_rank", [None, 64])

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.recipe.schema import Convert
-from transmla.rotary import has_nearest, rope_types, stock_rope
+from transmla.rotary import Band, has_nearest, natural_bands, rope_types, stock_bands, stock_rope
 
 MOST_RANKS = 8  # of tensor parallelism, in a plan: the cards of one host
 
@@ -23,7 +23,7 @@ class MLAGeometry:
     source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer. latent_heads: latents
     that `kv_lora_rank` is cut into, each for its share of the heads. tied: a head's value is its latent, the key
     without rotation the latent's first half. stock_rope: where the student's embedding is not the source's but the
-    nearest stock one, what `transmla.rotary.StockRope` says of it.
+    nearest stock one, what `transmla.rotary.stock_rope` says of it.
     """
 
     hidden_size: int
@@ -44,11 +44,6 @@ class MLAGeometry:
     stock_rope: dict[str, Any] | None = None
 
     @property
-    def idle_channels(self) -> int:
-        """Channels in front of the rope head that turn at no frequency of the source."""
-        return self.stock_rope["idle_channels"] if self.stock_rope else 0
-
-    @property
     def theta_power(self) -> float:
         """Power of the source's rope_theta that gives the student's."""
         return self.collapse * self.qk_rope_head_dim / self.head_dim
@@ -56,6 +51,12 @@ class MLAGeometry:
     def freqfold_of(self, layer: int) -> int:
         """The freqfold of one layer."""
         return self.freqfold if isinstance(self.freqfold, int) else self.freqfold[layer]
+
+    def bands(self, freqfold: int) -> list[Band]:
+        """Which source frequencies share which channels of the rope head."""
+        if self.stock_rope is None:
+            return natural_bands(freqfold, self.collapse, self.qk_rope_head_dim // 2)
+        return stock_bands(self.stock_rope, freqfold // self.collapse)
 
     @property
     def source_cache(self) -> int:

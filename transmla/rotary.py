@@ -1,20 +1,18 @@
-"""Rotary frequencies of sources, and the stock rotary embedding that is nearest to a scaled one.
+"""Rotary frequencies of sources, and stock rotary embeddings in the place of scaled ones.
 
-Every engine of DeepSeek's models knows two embeddings, `default` and `yarn` with mscale = mscale_all_dim = 1. Dimension
-P of the latter turns channel n = 0 .. P/2 - 1 at
+Engines with a DeepSeek class of their own know two embeddings, `default` and `yarn`. A rope head is free to take any
+frequencies of the source: here every source frequency goes to the channel that turns most like it.
 
-    theta^(-2n/P) (1 - r_n + r_n / factor),     r_n = clamp((n - low) / (high - low), 0, 1)
-
-with whole numbers 0 <= low < high that beta_fast, beta_slow and original_max_position_embeddings stand for. llama3 has
-the same two ends, unchanged fast channels and slow ones divided by its factor, but another ramp between them: the few
-channels on it differ. Linear scaling divides all frequencies by f, and channel 0 of YaRN always turns at 1. With
-channel 0 left idle and factor f theta^(-2/P), channels 1, 2, ... turn exactly as the source's 0, 1, ... do.
+- llama3 leaves fast frequencies as they are and divides slow ones by a factor. Unscaled channels at the source's base
+  have the fast ones exactly, and others near all that are slower.
+- linear divides all by f. Dimension P of YaRN, once its ramp ends at channel 1, turns channel 0 at 1 and channel n at
+  theta^(-2n/P) / factor: with factor f theta^(-2/P) channels 1, 2, ... turn exactly as the source's 0, 1, ... do, and
+  channel 0 is idle.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +23,26 @@ from transformers import PretrainedConfig
 from transmla.errors import RecipeError
 
 SCALED = ("llama3", "linear")  # kinds that a stock embedding is found for
-BOUND = (
-    1 / 64
-)  # how far from a whole number the bounds of a ramp lie: times 64 / P, in a padded rope head, still below 1
-DISTANCES = 200  # at which phases are compared
+BOUND = 1 / 128  # channels from 0 to both ends of a ramp: 64 / P times that, in a padded rope head, is below 1 too
+
+
+@dataclass(frozen=True)
+class Band:
+    """Neighbouring source frequencies [start, stop), and the channels of the rope head for their leading components."""
+
+    start: int
+    stop: int
+    channels: tuple[int, ...]
+
+
+def natural_bands(freqfold: int, collapse: int, channels: int) -> list[Band]:
+    """Bands of `freqfold` frequencies with `freqfold / collapse` channels each, channel m at frequency `collapse * m`;
+    the last band has what is left of the channels."""
+    found = []
+    for start in range(0, collapse * channels, freqfold):
+        stop = min(start + freqfold, collapse * channels)
+        found.append(Band(start, stop, tuple(range(start // collapse, stop // collapse))))
+    return found
 
 
 def rope_types(config: PretrainedConfig) -> set[str]:
@@ -50,14 +64,6 @@ def has_nearest(config: PretrainedConfig) -> bool:
             "the source has a rotary embedding for each kind of layer, a stock checkpoint one for all; use keep",
         )
     return bool(rope_types(config) & set(SCALED))
-
-
-def stock_rope(config: PretrainedConfig, head_dim: int, collapse: int, rope: int) -> dict[str, Any]:
-    """What `StockRope` says of the stock embedding for `rope` coordinates at every `collapse`th source frequency."""
-    scaled = config.rope_parameters
-    wanted = source_frequencies(scaled, head_dim)[::collapse][: rope // 2]
-    theta = scaled["rope_theta"] ** (collapse * rope / head_dim)
-    return nearest_stock_rope(scaled, theta, rope, wanted, config.max_position_embeddings).describe()
 
 
 def default_frequencies(theta: float, dim: int) -> Tensor:
@@ -85,11 +91,10 @@ def yarn_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
     def channel(turns: float) -> float:
         return dim * math.log(positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low = max(math.floor(channel(parameters["beta_fast"])), 0)
-    high = min(math.ceil(channel(parameters["beta_slow"])), dim - 1)
+    low = max(math.floor(channel(parameters.get("beta_fast") or 32.0)), 0)
+    high = min(math.ceil(channel(parameters.get("beta_slow") or 1.0)), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)).clamp(0, 1)
-    found = default_frequencies(base, dim)
-    return found * (1 - ramp + ramp / parameters["factor"])
+    return default_frequencies(base, dim) * (1 - ramp + ramp / parameters["factor"])
 
 
 def logit_factor(parameters: dict[str, Any]) -> float:
@@ -99,117 +104,88 @@ def logit_factor(parameters: dict[str, Any]) -> float:
     return (0.1 * parameters["mscale_all_dim"] * math.log(parameters["factor"]) + 1.0) ** 2
 
 
-@dataclass(frozen=True)
-class StockRope:
-    """The stock embedding in the place of a scaled one.
+def stock_rope(config: PretrainedConfig, head_dim: int, collapse: int, rope: int) -> dict[str, Any]:
+    """The stock embedding of `rope` dimensions for a scaled source, as a record that a report can keep.
 
-    parameters: as `rope_parameters`. idle: channels in front that nothing of the source turns with. error: for each of
-    the other channels, how much faster than the source's it turns, as a share. cost: what the choice was made by.
+    Returns:
+        `parameters`, as `rope_parameters` of the student; `bands`, each [start, stop, channels], the first channel the
+        nearest; `exact`, how many of these turn exactly at a frequency of their band; `largest_error`, of the others,
+        as a share of the nearest such frequency; `idle`, channels in no band; `lost`, source frequencies in none.
     """
-
-    parameters: dict[str, Any]
-    idle: int
-    error: tuple[float, ...]
-    cost: float
-
-    def describe(self) -> dict[str, Any]:
-        """For a geometry, and with it a report."""
-        wrong = [error for error in self.error if abs(error) > 1e-9]
-        return {
-            "parameters": self.parameters,
-            "idle_channels": self.idle,
-            "channels": len(self.error),
-            "channels_changed": len(wrong),
-            "largest_error": max(map(abs, wrong), default=0.0),
-        }
+    scaled, channels = config.rope_parameters, rope // 2
+    wanted = source_frequencies(scaled, head_dim)
+    theta, step = (scaled["rope_theta"] ** (collapse * size / head_dim) for size in (rope, 2))
+    if scaled["rope_type"] == "linear" and scaled["factor"] >= step and channels > 1:
+        parameters = _stepped_yarn(theta, scaled["factor"] / step, rope, config.max_position_embeddings)
+        given = yarn_frequencies(parameters, rope)
+        bands = [Band(m * collapse, (m + 1) * collapse, (m + 1,)) for m in range(channels - 1)]
+    else:
+        parameters, given = {"rope_type": "default", "rope_theta": theta}, default_frequencies(theta, rope)
+        bands = _nearest_bands(wanted, given)
+    errors = [float((given[band.channels[0]] / wanted[band.start : band.stop] - 1).abs().min()) for band in bands]
+    wrong = [error for error in errors if error > 1e-9]
+    return {
+        "parameters": parameters,
+        "bands": [[band.start, band.stop, list(band.channels)] for band in bands],
+        "exact": len(errors) - len(wrong),
+        "largest_error": max(wrong, default=0.0),
+        "idle": channels - sum(len(band.channels) for band in bands),
+        "lost": len(wanted) - sum(band.stop - band.start for band in bands),
+    }
 
 
 def describe_stock_rope(found: dict[str, Any]) -> str:
-    """One sentence on what `StockRope.describe` gives, for a plan and a report."""
-    kind, changed = found["parameters"]["rope_type"], found["channels_changed"]
-    idle = f", and {found['idle_channels']} is idle" if found["idle_channels"] else ""
-    if not changed:
-        return f"{kind}: {found['channels']} channels turn exactly as the source's do{idle}"
-    return (
-        f"{kind}: {found['channels'] - changed} channels turn as the source's do, {changed} differ by at most "
-        f"{100 * found['largest_error']:.0f} % of the frequency{idle}"
-    )
+    """One sentence on what `stock_rope` returns, for a plan and a report."""
+    bands = len(found["bands"])
+    more = sum(len(channels) for _, _, channels in found["bands"]) - bands
+    error = f"{bands - found['exact']} within {100 * found['largest_error']:.0f} %" if bands > found["exact"] else ""
+    parts = [f"{found['exact']} channels turn exactly as frequencies of the source do", error]
+    parts += [f"{more} share those of a neighbour" if more else "", f"{found['idle']} idle" if found["idle"] else ""]
+    return f"{found['parameters']['rope_type']}: {', '.join(part for part in parts if part)}"
 
 
-def nearest_stock_rope(
-    scaled: dict[str, Any], theta: float, dim: int, frequencies: Tensor, positions: int
-) -> StockRope:
-    """The stock embedding of dimension `dim` whose phases are nearest to those of the wanted frequencies.
-
-    Minimises the mean over channels and distances (log-uniform up to `positions`) of |exp(iΔω) - exp(iΔω')|², where a
-    frequency that finds no channel counts with ω' = 0.
-
-    Args:
-        scaled: `rope_parameters` of the source. theta: base of the unscaled frequencies in dimension `dim`.
-        frequencies: [dim/2], wanted. positions: max_position_embeddings.
-    """
-    channels = dim // 2
-    plain = default_frequencies(theta, dim)
-    steps = torch.exp(torch.linspace(0.0, math.log(max(2, positions)), DISTANCES, dtype=torch.float64))
-    found = []
-    for idle, base, ramp, factor in _candidates(scaled, theta, dim, frequencies / plain):
-        if ramp is None:
-            parameters, given = {"rope_type": "default", "rope_theta": base}, default_frequencies(base, dim)
-        else:
-            parameters = _yarn(base, factor, *ramp, dim=dim, positions=positions)
-            given = yarn_frequencies(parameters, dim)
-        turned = torch.cat((given[idle:], given.new_zeros(idle)))
-        cost = float((2 - 2 * torch.cos(torch.outer(steps, frequencies - turned))).mean())
-        error = given[idle:] / frequencies[: channels - idle] - 1
-        found.append(StockRope(parameters, idle, tuple(error.tolist()), cost))
-    return min(found, key=lambda option: option.cost)
+def stock_bands(found: dict[str, Any], fold: int) -> list[Band]:
+    """The bands of what `stock_rope` returns, `fold` neighbouring ones joined."""
+    bands = found["bands"]
+    joined = [bands[first : first + fold] for first in range(0, len(bands), fold)]
+    return [
+        Band(group[0][0], group[-1][1], tuple(channel for band in group for channel in band[2])) for group in joined
+    ]
 
 
-def _candidates(
-    scaled: dict[str, Any], theta: float, dim: int, ratio: Tensor
-) -> Iterator[tuple[int, float, tuple[int, int] | None, float]]:
-    """Idle channels, base, bounds of the ramp (None: `default`) and factor of every embedding that is tried.
-
-    ratio: [dim/2], of wanted to unscaled frequencies.
-    """
-    factor = float(scaled["factor"])
-    yield 0, theta, None, factor
-    if scaled["rope_type"] == "linear":
-        yield 0, theta, (0, 1), factor
-        behind = factor * theta ** (-2 / dim)
-        if dim > 2 and behind >= 1:
-            yield 1, theta, (0, 1), behind
-        elif dim > 2 and factor > 1:  # YaRN does not make frequencies larger
-            yield 1, theta, None, factor
-            yield 1, factor ** (dim / 2), None, factor  # channel 1 exact
-        return
-    first = int((ratio > 1 - 1e-9).sum())  # of the channels that are scaled, and of those that are divided
-    last = dim // 2 - int((ratio < (1 + 1e-9) / factor).sum())
-    for low in range(max(0, first - 3), last + 1):
-        for high in range(low + 1, min(last + 4, dim)):
-            yield 0, theta, (low, high), factor
+def _nearest_bands(wanted: Tensor, given: Tensor) -> list[Band]:
+    """Every wanted frequency with the given one that is nearest, where that is nearer than no rotation; then channels
+    that nothing is nearest to, with the frequencies that are nearest to them. Both descend."""
+    own, distance = (wanted[:, None] - given).abs().argmin(dim=1), (wanted[:, None] - given).abs()
+    near = distance < wanted[:, None]
+    members = {
+        channel: [index for index in range(len(wanted)) if own[index] == channel and near[index, channel]]
+        for channel in range(len(given))
+    }
+    taken = {channel: [channel] for channel, indices in members.items() if indices}
+    for channel in members.keys() - taken.keys():
+        nearest = int(distance[:, channel].argmin())
+        if near[nearest, channel] and near[nearest, own[nearest]]:
+            taken[int(own[nearest])].append(channel)
+    return [Band(members[channel][0], members[channel][-1] + 1, tuple(taken[channel])) for channel in sorted(taken)]
 
 
-def _yarn(theta: float, factor: float, low: int, high: int, *, dim: int, positions: int) -> dict[str, Any]:
-    """`rope_parameters` of the YaRN with these bounds: in this dimension, and in 64 where every (64 / dim)th channel is
-    used.
+def _stepped_yarn(theta: float, factor: float, dim: int, positions: int) -> dict[str, Any]:
+    """`rope_parameters` of the YaRN that divides every frequency but the first.
 
-    Engines hold factor · original_max_position_embeddings angles, and transformers warns where that is not
+    Engines hold factor · original_max_position_embeddings angles; transformers warns where that is not
     max_position_embeddings, or the original itself.
     """
     original = positions / factor
     original = int(original) if original.is_integer() else positions
-
-    def turns(channel: float) -> float:
-        return original / (2 * math.pi) * theta ** (-2 * channel / dim)
-
+    turns = original / (2 * math.pi) * theta ** (-2 * BOUND / dim)
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
         "factor": factor,
         "original_max_position_embeddings": original,
-        "beta_fast": turns(low + BOUND),
-        "beta_slow": turns(high - BOUND),
+        "beta_fast": turns,
+        "beta_slow": turns,
         "mscale": 1.0,
         "mscale_all_dim": 1.0,
     }

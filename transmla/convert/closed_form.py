@@ -61,10 +61,8 @@ def closed_form_weights(
         key,
         augmented,
         frequencies,
-        freqfold=freqfold,
-        collapse=geometry.collapse,
+        bands=geometry.bands(freqfold),
         channels=geometry.qk_rope_head_dim // 2,
-        idle=geometry.idle_channels,
         distance=statistics.distance if settings.mean_rotation else None,
         mixing=settings.mixing,
     )

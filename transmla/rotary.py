@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from transmla.errors import RecipeError
 
 SCALED = ("llama3", "linear")  # kinds that a stock embedding is found for
+BELOW_EVERY_RAMP = 6  # positions below 2 pi, which nothing turns in: YaRN divides every frequency but the first
 BOUND = 1 / 128  # channels from 0 to both ends of a ramp: 64 / P times that, in a padded rope head, is below 1 too
 
 
@@ -95,6 +96,18 @@ def yarn_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
     high = min(math.ceil(channel(parameters.get("beta_slow") or 1.0)), dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)).clamp(0, 1)
     return default_frequencies(base, dim) * (1 - ramp + ramp / parameters["factor"])
+
+
+def context_for_fixed_betas(parameters: dict[str, Any], dim: int) -> int | None:
+    """The original_max_position_embeddings with which a YaRN has its frequencies under betas of 32 and 1 too, as
+    llama.cpp takes them for DeepSeek's models whatever a file says; None: there is none."""
+    fixed = {name: value for name, value in parameters.items() if not name.startswith("beta")}
+    wanted = yarn_frequencies(parameters, dim)
+    for context in (parameters["original_max_position_embeddings"], BELOW_EVERY_RAMP):
+        found = yarn_frequencies(fixed | {"original_max_position_embeddings": context}, dim)
+        if torch.allclose(found, wanted, rtol=1e-9, atol=0):
+            return context
+    return None
 
 
 def logit_factor(parameters: dict[str, Any]) -> float:

@@ -120,30 +120,32 @@ def logit_factor(parameters: dict[str, Any]) -> float:
 def stock_rope(config: PretrainedConfig, head_dim: int, collapse: int, rope: int) -> dict[str, Any]:
     """The stock embedding of `rope` dimensions for a scaled source, as a record that a report can keep.
 
+    As without it, `collapse` neighbouring source frequencies go together, and the first of them decides where.
+
     Returns:
         `parameters`, as `rope_parameters` of the student; `bands`, each [start, stop, channels], the first channel the
-        nearest; `exact`, how many of these turn exactly at a frequency of their band; `largest_error`, of the others,
-        as a share of the nearest such frequency; `idle`, channels in no band; `lost`, source frequencies in none.
+        nearest; `exact`, how many of these turn exactly at a deciding frequency; `largest_error`, of the others, as a
+        share of the nearest deciding one; `idle`, channels in no band; `lost`, source frequencies in none.
     """
     scaled, channels = config.rope_parameters, rope // 2
-    wanted = source_frequencies(scaled, head_dim)
+    wanted = source_frequencies(scaled, head_dim)[: collapse * channels : collapse]
     theta, step = (scaled["rope_theta"] ** (collapse * size / head_dim) for size in (rope, 2))
     if scaled["rope_type"] == "linear" and scaled["factor"] >= step and channels > 1:
         parameters = _stepped_yarn(theta, scaled["factor"] / step, rope, config.max_position_embeddings)
         given = yarn_frequencies(parameters, rope)
-        bands = [Band(m * collapse, (m + 1) * collapse, (m + 1,)) for m in range(channels - 1)]
+        found = [Band(index, index + 1, (index + 1,)) for index in range(channels - 1)]
     else:
         parameters, given = {"rope_type": "default", "rope_theta": theta}, default_frequencies(theta, rope)
-        bands = _nearest_bands(wanted, given)
-    errors = [float((given[band.channels[0]] / wanted[band.start : band.stop] - 1).abs().min()) for band in bands]
+        found = _nearest_bands(wanted, given)
+    errors = [float((given[band.channels[0]] / wanted[band.start : band.stop] - 1).abs().min()) for band in found]
     wrong = [error for error in errors if error > 1e-9]
     return {
         "parameters": parameters,
-        "bands": [[band.start, band.stop, list(band.channels)] for band in bands],
+        "bands": [[collapse * band.start, collapse * band.stop, list(band.channels)] for band in found],
         "exact": len(errors) - len(wrong),
         "largest_error": max(wrong, default=0.0),
-        "idle": channels - sum(len(band.channels) for band in bands),
-        "lost": len(wanted) - sum(band.stop - band.start for band in bands),
+        "idle": channels - sum(len(band.channels) for band in found),
+        "lost": head_dim // 2 - collapse * sum(band.stop - band.start for band in found),
     }
 
 

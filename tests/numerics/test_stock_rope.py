@@ -68,9 +68,9 @@ def test_llama3_becomes_unscaled_channels_with_the_nearest_frequencies(name: str
     exact = [band for band in bands if (wanted[band.start : band.stop] == given[band.channels[0]]).any()]
     assert found["exact"] == len(exact) >= 0.45 * rope / 2
     errors = [float((given[b.channels[0]] / wanted[b.start : b.stop] - 1).abs().min()) for b in bands]
-    assert found["largest_error"] == pytest.approx(max(errors)) and 0 < max(errors) < 0.5
+    assert found["largest_error"] == pytest.approx(max(errors)) and 0 < max(errors) < 0.6
     used = [channel for band in bands for channel in band.channels]
-    assert len(used) == len(set(used)) and found["idle"] == rope // 2 - len(used) <= rope // 16
+    assert len(used) == len(set(used)) and found["idle"] == rope // 2 - len(used) <= 3
     assert found["lost"] == dim // 2 - collapse * bands[-1].stop
     assert all(2 * frequency < given[-1] for frequency in wanted[bands[-1].stop :].tolist())
 

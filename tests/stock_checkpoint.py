@@ -22,6 +22,7 @@ YARN = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
 }
+STEPPED = YARN | {"beta_fast": 10.1, "beta_slow": 10.1}  # divides every frequency but the first, as for linear scaling
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["th", "he", "the", "Ġthe", "in", "ing", "Ġa", "er", "re", "an", "and"]
 # Pairs that a way of cutting text forbids or not: digits, spaces, line ends, apostrophes, signs, accents.

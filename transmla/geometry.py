@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.recipe.schema import Convert
+from transmla.rotary import Band, has_nearest, natural_bands, rope_types, stock_bands, stock_rope
 
 MOST_RANKS = 8  # of tensor parallelism, in a plan: the cards of one host
 
@@ -21,7 +22,8 @@ class MLAGeometry:
     stock rope of dimension P = `qk_rope_head_dim` with `rope_theta` raised to the power `collapse` * P / d: the
     source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer. latent_heads: latents
     that `kv_lora_rank` is cut into, each for its share of the heads. tied: a head's value is its latent, the key
-    without rotation the latent's first half.
+    without rotation the latent's first half. stock_rope: where the student's embedding is not the source's but the
+    nearest stock one, what `transmla.rotary.stock_rope` says of it.
     """
 
     hidden_size: int
@@ -40,6 +42,7 @@ class MLAGeometry:
     folded_biases: bool = False  # queries, keys and values have none
     latent_heads: int = 1
     tied: bool = False
+    stock_rope: dict[str, Any] | None = None
 
     @property
     def theta_power(self) -> float:
@@ -49,6 +52,12 @@ class MLAGeometry:
     def freqfold_of(self, layer: int) -> int:
         """The freqfold of one layer."""
         return self.freqfold if isinstance(self.freqfold, int) else self.freqfold[layer]
+
+    def bands(self, freqfold: int) -> list[Band]:
+        """Which source frequencies share which channels of the rope head."""
+        if self.stock_rope is None:
+            return natural_bands(freqfold, self.collapse, self.qk_rope_head_dim // 2)
+        return stock_bands(self.stock_rope, freqfold // self.collapse)
 
     @property
     def source_cache(self) -> int:
@@ -148,10 +157,12 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
             f"{collapse} does not fit: {channels} channels at every {collapse}th of {pairs} frequencies; use at "
             f"most {natural}",
         )
-    if collapse * rope != head_dim and rope_types(config) != {"default"}:
+    stock = convert.rope == "stock" and has_nearest(config)
+    if collapse * rope != head_dim and rope_types(config) != {"default"} and not stock:
         raise RecipeError(
             "convert.collapse",
-            f"the source scales its frequencies, so only the natural one can be exported; use {natural}",
+            f"the source scales its frequencies, so only the natural one can be exported; use {natural}, or "
+            "convert.rope=stock",
         )
     one_fold = collapse if convert.freqfold == "auto" else convert.freqfold
     folds = one_fold if freqfold is None else freqfold
@@ -195,6 +206,7 @@ def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...
         folded_biases=convert.biases == "fold",
         latent_heads=convert.latent_heads,
         tied=convert.tied,
+        stock_rope=stock_rope(config, head_dim, collapse, rope) if stock else None,
     )
 
 
@@ -234,13 +246,6 @@ def full_rank(config: PretrainedConfig, latents: int = 1) -> int:
     """The rank of a source's keys and values together, n·min(2·G·d/n, D) in n latents: that many lose nothing."""
     groups = config.num_key_value_heads or config.num_attention_heads
     return latents * min(2 * groups * head_dimension(config) // latents, config.hidden_size)
-
-
-def rope_types(config: PretrainedConfig) -> set[str]:
-    """Kinds of rotary embedding in a configuration, whose parameters may differ by layer type."""
-    parameters = config.rope_parameters or {}
-    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
-    return {entry.get("rope_type", "default") for entry in by_layer or [parameters]}
 
 
 def candidates(config: PretrainedConfig, convert: Convert) -> list[Convert]:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from transmla.convert.rope import decouple_rope, mean_rotation, to_complex, to_real
+from transmla.rotary import natural_bands
 
 HEADS, GROUPS, DIM, INPUT = 4, 2, 16, 24
 FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+ALL = dict(bands=natural_bands(1, 1, DIM // 2), channels=DIM // 2)
 
 
 def rotate(vector: torch.Tensor, position: int, frequencies: torch.Tensor) -> torch.Tensor:
@@ -38,7 +40,7 @@ def test_complex_form_is_rope() -> None:
 @pytest.mark.parametrize("t,s", [(0, 0), (7, 2), (63, 5)])
 def test_exact_with_one_key_head(t: int, s: int) -> None:
     query, key, moment, x = maps(groups=1)
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None)
+    rope = decouple_rope(query, key, moment, FREQUENCIES, **ALL, distance=None)
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[0] @ x[1], s, FREQUENCIES)
         got = rotate(rope.q_rope[head] @ x[0], t, FREQUENCIES) @ rotate(rope.k_rope @ x[1], s, FREQUENCIES)
@@ -51,7 +53,14 @@ def test_nothing_is_lost_but_rotations(mixing: str) -> None:
     """Kept and remaining parts, both given the true rotation, add up to the source's logit."""
     query, key, moment, x = maps()
     rope = decouple_rope(
-        query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=None, mixing=mixing
+        query,
+        key,
+        moment,
+        FREQUENCIES,
+        bands=natural_bands(1, 1, DIM // 2),
+        channels=DIM // 2,
+        distance=None,
+        mixing=mixing,
     )
     t, s = 11, 3
     for head in range(HEADS):
@@ -69,7 +78,13 @@ def test_bands_keep_the_frequencies_of_a_stock_rope(freqfold: int, collapse: int
     query, key, moment, x = maps()
     channels = DIM // 2 // collapse
     rope = decouple_rope(
-        query, key, moment, FREQUENCIES, freqfold=freqfold, collapse=collapse, channels=channels, distance=None
+        query,
+        key,
+        moment,
+        FREQUENCIES,
+        bands=natural_bands(freqfold, collapse, channels),
+        channels=channels,
+        distance=None,
     )
     assert rope.k_rope.shape == (DIM // collapse, INPUT)
     for head in range(HEADS):
@@ -85,7 +100,14 @@ def test_complex_mixing_keeps_at_least_the_energy_of_real_mixing() -> None:
     energy = {}
     for mixing in ("complex", "real"):
         rope = decouple_rope(
-            query, key, moment, FREQUENCIES, freqfold=2, collapse=2, channels=DIM // 4, distance=None, mixing=mixing
+            query,
+            key,
+            moment,
+            FREQUENCIES,
+            bands=natural_bands(2, 2, DIM // 4),
+            channels=DIM // 4,
+            distance=None,
+            mixing=mixing,
         )
         energy[mixing] = torch.einsum("px,xy,py->", rope.k_rope, moment, rope.k_rope)
     assert energy["complex"] > energy["real"] * 1.01
@@ -100,7 +122,7 @@ def test_mean_rotation_and_its_sign() -> None:
         torch.polar(torch.ones(DIM // 2, dtype=torch.float64), -3 * FREQUENCIES),
     )
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, freqfold=1, collapse=1, channels=DIM // 2, distance=distance)
+    rope = decouple_rope(query, key, moment, FREQUENCIES, **ALL, distance=distance)
     t, s = 20, 17
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[head // 2] @ x[1], s, FREQUENCIES)

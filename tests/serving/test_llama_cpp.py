@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.stock_checkpoint import YARN, byte_pairs, sentencepiece, stock_checkpoint
+from tests.stock_checkpoint import STEPPED, YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.export.gguf_file import save_gguf
 from transmla.export.gguf_pre_tokenizers import NAMES
 from transmla.run.engine_check import check_engine
@@ -36,6 +36,7 @@ CASES = {
     "query latent": {"q_lora_rank": 32},
     "tied": {"tie_word_embeddings": True},
     "yarn": {"rope_parameters": YARN},
+    "yarn from channel 1": {"rope_parameters": STEPPED},
     "27 layers": {"num_hidden_layers": 27, "first_k_dense_replace": 27, "initializer_range": 0.05},
     "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
 }

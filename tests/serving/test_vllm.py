@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stock_checkpoint import YARN, byte_pairs, stock_checkpoint
+from tests.stock_checkpoint import STEPPED, YARN, byte_pairs, stock_checkpoint
 from transmla.run.engine_check import check_engine
 
 PYTHON = Path(os.environ.get("TRANSMLA_VLLM_PYTHON", sys.executable))
@@ -24,6 +24,7 @@ CASES = {
     "compact": {},
     "query latent": {"q_lora_rank": 32},
     "yarn": {"rope_parameters": YARN},
+    "yarn from channel 1": {"rope_parameters": STEPPED},
     "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
 }
 

@@ -13,13 +13,14 @@ from transmla.export.deepseek_config import deepseek_config
 from transmla.export.engines import engine_table, notes_of, own_features, readings_of, require_engines, stock_features
 from transmla.families import FAMILIES, family_of
 from transmla.families.student_config import student_config
-from transmla.geometry import derive_geometry, rope_types
+from transmla.geometry import derive_geometry
 from transmla.plan.checks import prepare
 from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.dry_run import render_plan
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import recipe_names, share
 from transmla.recipe.schema import ENGINES
+from transmla.rotary import rope_types
 
 TABLE = engine_table()
 CELLS = [(feature, engine) for feature in TABLE["features"] for engine in TABLE["engines"]]
@@ -37,6 +38,9 @@ STOCK = {
     "other_dimensions": {"kv_lora_rank": 513},
     "rope_default": {},
     "rope_yarn": {"rope": {"rope_type": "yarn", "factor": 4.0, "mscale": 1, "mscale_all_dim": 1.0}},
+    "rope_yarn_ramp": {
+        "rope": {"rope_type": "yarn", "factor": 4.0, "mscale": 1, "mscale_all_dim": 1.0, "beta_fast": 2.0}
+    },
     "rope_yarn_other": {"rope": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0}},
     "rope_llama3": {"rope": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
     "rope_linear": {"rope": {"rope_type": "linear", "factor": 2.0}},
@@ -117,7 +121,7 @@ def test_the_base_is_read_everywhere() -> None:
 
 @pytest.mark.parametrize("feature", TABLE["features"])
 def test_a_configuration_has_its_feature(feature: str) -> None:
-    others = {"all_dense", "no_query_latent", "query_latent", "fast_dimensions", "rope_default"}
+    others = {"all_dense", "no_query_latent", "query_latent", "fast_dimensions", "rope_default", "rope_yarn"}
     others |= {"own_class", "own_window"}
     found = set(features_with(feature))
     assert feature in found and found - {feature} <= others
@@ -166,6 +170,7 @@ def test_every_family_has_readings(family: str) -> None:
 
 BIASED = ["model.config.model_type=qwen2", "~model.config.head_dim"]
 LLAMA3 = "{rope_type: llama3, rope_theta: 1e4, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0}"
+LINEAR = "{rope_type: linear, rope_theta: 1e4, factor: 12.0}"
 SCALED = [f"model.config.rope_parameters={LLAMA3}"]
 PLANS = {
     "plain": ([], ENGINES),
@@ -174,6 +179,11 @@ PLANS = {
     "biases": (BIASED, ("transformers", "vllm-transformers")),
     "biases, folded": ([*BIASED, "convert.biases=fold"], ENGINES),
     "llama3": (SCALED, ("transformers", "vllm-transformers")),
+    "llama3, stock": ([*SCALED, "convert.rope=stock"], ENGINES),
+    "linear, stock": (
+        [f"model.config.rope_parameters={LINEAR}", "convert.rope=stock"],
+        ENGINES,
+    ),
     "own class": (["model.config.model_type=qwen3"], ("transformers", "vllm")),
     "own class that need not be": (["export.format=student"], ("transformers", "vllm")),
 }
@@ -211,6 +221,8 @@ def test_a_named_engine_has_to_read_it(case: str) -> None:
 def test_the_ways_out_are_said() -> None:
     with pytest.raises(RecipeError, match="name vllm-transformers instead.*convert.biases=fold"):
         plan(*BIASED, "export.engines=[vllm]")
+    with pytest.raises(RecipeError, match="convert.rope=stock"):
+        plan(*SCALED, "export.engines=[vllm]")
     with pytest.raises(RecipeError, match="use export.format=auto"):
         plan("export.format=student", "export.engines=[llama.cpp]")
     with pytest.raises(RecipeError) as refused:  # llama.cpp does not read that either

@@ -158,6 +158,7 @@ REFUSED = {
     "YaRN without scales": (
         {"rope_parameters": {k: v for k, v in YARN.items() if not k.startswith("mscale")}}, "yarn with another mscale"
     ),
+    "YaRN with another ramp": ({"rope_parameters": YARN | {"beta_slow": 1e-3}}, "beta_fast 32 and beta_slow 1"),
     "half-split": ({"rope_interleave": False}, "rotary pairs"),
     "activation": ({"hidden_act": "gelu"}, "an activation other than silu"),
     "eps": ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),

@@ -24,6 +24,7 @@ from transmla.families.student_config import build_student, student_config
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
+from transmla.rotary import describe_stock_rope
 
 SOLVED_TOGETHER = 4  # layers, on a GPU
 
@@ -50,7 +51,9 @@ class Findings:
 
     def notes(self) -> list[str]:
         """Sentences for the user."""
-        return self.choices + ([describe_key_errors(self.key_errors)] if self.key_errors else [])
+        rope = self.geometry.stock_rope
+        notes = self.choices + ([f"rotation: {describe_stock_rope(rope)}"] if rope else [])
+        return notes + ([describe_key_errors(self.key_errors)] if self.key_errors else [])
 
 
 @dataclass(kw_only=True)

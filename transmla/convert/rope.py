@@ -9,10 +9,13 @@ matrices). The leading components of a band (PCA of the keys) keep a rotation, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from transmla.rotary import Band
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,7 @@ def decouple_rope(
     second_moment: Tensor,
     frequencies: Tensor,
     *,
-    freqfold: int,
-    collapse: int,
+    bands: Sequence[Band],
     channels: int,
     distance: Tensor | None,
     mixing: str = "complex",
@@ -75,8 +77,9 @@ def decouple_rope(
             coordinates.
         second_moment: E[x x^T] of the augmented input, [D1, D1].
         frequencies: [d/2], the source's rotary frequencies.
-        freqfold, collapse: a band is `freqfold` neighbouring frequencies, `freqfold / collapse` channels are kept.
-        channels: N; the last band has what is left of them. Frequencies above `collapse * N` keep no rotation.
+        bands: which frequencies share which channels of the rope head, N = P/2; those in none keep no rotation. A
+            channel that no component is left for is zero.
+        channels: N.
         distance: [H, L] distribution of attention distances; a lost rotation then becomes the phase of its mean under
             that distribution. None: it becomes 1. (The mean itself also shrinks the logits, as the best constant for
             their squared error does; measured, keeping their size is better: docs/experiments.md.)
@@ -94,12 +97,12 @@ def decouple_rope(
         phase = torch.polar(torch.ones_like(frequencies), mean_rotation(distance, frequencies).angle())
     q_nope = phase.conj()[:, :, None] * q
     k_nope = k.clone()
-    q_rope, k_rope = [], []
-    rotated = collapse * channels
-    for start in range(0, rotated, freqfold):
-        width = min(freqfold, rotated - start)
-        keep = width // collapse
-        band = slice(start, start + width)
+    q_rope = q.new_zeros(heads, channels, q.shape[-1])
+    k_rope = k.new_zeros(channels, k.shape[-1])
+    for part in bands:
+        band, width = slice(part.start, part.stop), part.stop - part.start
+        into = list(part.channels)[: groups * width]
+        keep = len(into)
         block = k[:, band].flatten(0, 1)  # [G*F, D1]
         gram = block @ moment @ block.mH
         if mixing == "real":
@@ -107,12 +110,12 @@ def decouple_rope(
         basis = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :keep]  # k ≈ basis z
         kept = basis.mH @ block  # z: [keep, D1]
         k_nope[:, band] -= (basis @ kept).unflatten(0, (groups, width))
-        k_rope.append(kept)
+        k_rope[into] = kept
         mix = basis.unflatten(0, (groups, width))[group_of]  # [H, F, keep]
-        q_rope.append(torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band]))
+        q_rope[:, into] = torch.einsum("hfj,hfx->hjx", mix.conj(), q[:, band])
     return DecoupledRope(
         q_nope=to_real(q_nope),
         k_nope=to_real(k_nope),
-        q_rope=to_real(torch.cat(q_rope, dim=1)),
-        k_rope=to_real(torch.cat(k_rope, dim=0)),
+        q_rope=to_real(q_rope),
+        k_rope=to_real(k_rope),
     )

@@ -20,6 +20,7 @@ from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, 
 from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
 from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
 from transmla.export.latent_blocks import whole_up_projection
+from transmla.rotary import logit_factor
 
 # What writes into the residual stream: scaled where the source's eps is another than the format's.
 RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
@@ -179,6 +180,6 @@ def _attention_state(
         out["q_a_proj.weight"] = torch.cat((torch.eye(hidden), torch.zeros(1, hidden))).double() * LATENT_SCALE
         out["q_a_proj.bias"] = torch.cat((torch.zeros(hidden), torch.ones(1))).double() * LATENT_SCALE
         out["q_a_layernorm.weight"] = latent.new_full((hidden + 1,), norm)
-    placed = _place(up_query.unflatten(0, (heads, -1)), own, to).flatten(0, 1)
+    placed = _place(up_query.unflatten(0, (heads, -1)), own, to).flatten(0, 1) / logit_factor(config.rope_parameters)
     out[names.attention("q_proj.weight" if config.q_lora_rank is None else "q_b_proj.weight")] = placed
     return out

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.export.dimensions import EPS, PADDED
-from transmla.geometry import rope_types
 from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.rotary import context_for_fixed_betas, rope_types
 
 TABLE = Path(__file__).with_name("engine_table.yaml")
 
@@ -71,6 +71,7 @@ def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str,
         **{f"rope_{kind}": True for kind in sorted(rope_types(config) - {"yarn"})},
         "rope_yarn": _is_yarn(config) and _is_deepseeks(config.rope_parameters),
         "rope_yarn_other": _is_yarn(config) and not _is_deepseeks(config.rope_parameters),
+        "rope_yarn_ramp": _is_yarn(config) and _is_deepseeks(config.rope_parameters) and not _has_fixed_betas(config),
         "rope_half_split": not config.rope_interleave,
         "other_activation": config.hidden_act != "silu",
     }
@@ -90,6 +91,10 @@ def _is_deepseeks(parameters: dict[str, Any]) -> bool:
     return (
         parameters.get("mscale") == parameters.get("mscale_all_dim") == 1 and parameters.get("attention_factor") is None
     )
+
+
+def _has_fixed_betas(config: PretrainedConfig) -> bool:
+    return context_for_fixed_betas(config.rope_parameters, config.qk_rope_head_dim) is not None
 
 
 def own_features(config: PretrainedConfig) -> tuple[str, ...]:

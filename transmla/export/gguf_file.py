@@ -25,6 +25,7 @@ from transmla.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_voca
 from transmla.export.k_quants import find_quantiser
 from transmla.files import PARTIAL, scratch_folder
 from transmla.hardware import require_disk
+from transmla.rotary import context_for_fixed_betas
 from transmla.sources.config import read_config
 from transmla.sources.weights import check_weights, read_headers
 
@@ -133,7 +134,7 @@ def _add_metadata(writer: GGUFWriter, config: PretrainedConfig, name: str, file_
     if parameters["rope_type"] == "yarn":
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(parameters["factor"])
-        writer.add_rope_scaling_orig_ctx_len(parameters["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(parameters.get("beta_fast") or 32.0)
-        writer.add_rope_scaling_yarn_beta_slow(parameters.get("beta_slow") or 1.0)
+        context = context_for_fixed_betas(parameters, rope)
+        assert context is not None, "gguf_limits refuses it"
+        writer.add_rope_scaling_orig_ctx_len(context)
         writer.add_rope_scaling_yarn_log_mul(0.1 * parameters["mscale_all_dim"])  # llama.cpp divides it by 0.1

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
-from transmla.geometry import rope_types
+from transmla.rotary import SCALED, rope_types
+
+# Why a scaled rotary embedding is carried over neither as it is nor as a stock one.
+UNSUPPORTED = {
+    "dynamic": "its frequencies change with the longest position of a batch, those of a conversion are fixed",
+    "longrope": "it has one set of frequencies for short and one for long text, a conversion one",
+}
 
 # The attention module of a source: an nn.Module, whose projections and norms PyTorch types as "a tensor or a module".
 SourceModule: TypeAlias = Any
@@ -130,7 +136,8 @@ class Family:
 
     def check(self, config: PretrainedConfig) -> None:
         """Refuse a configuration that the adapter would convert wrongly."""
-        for rope_type in sorted(rope_types(config) - {"default", "llama3", "linear"}):
-            raise RecipeError("model.source", f"rope type {rope_type!r} is not supported; use a model without it")
+        for rope_type in sorted(rope_types(config) - {"default", *SCALED}):
+            why = f" ({UNSUPPORTED[rope_type]})" if rope_type in UNSUPPORTED else ""
+            raise RecipeError("model.source", f"rope type {rope_type!r}{why} is not supported; use a model without it")
         if (reason := self.refuse(config)) is not None:
             raise RecipeError("model.source", reason)

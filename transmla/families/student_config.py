@@ -32,7 +32,9 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
     fields = source.to_dict()
     for name in DROPPED:
         fields.pop(name, None)
-    if geometry.theta_power != 1.0:
+    if geometry.stock_rope is not None:
+        fields["rope_parameters"] = dict(geometry.stock_rope["parameters"])
+    elif geometry.theta_power != 1.0:
         fields["rope_parameters"] = _with_theta(fields["rope_parameters"], geometry.theta_power)
     make: Any = family.student_config  # keeps MLA's dimensions, as it keeps every key; none of them is declared
     return make(

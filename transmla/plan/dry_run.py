@@ -18,6 +18,7 @@ from transmla.plan.streaming_choice import Streaming
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
 from transmla.recipe.stages import AnyStage
+from transmla.rotary import describe_stock_rope
 
 if TYPE_CHECKING:
     from transmla.plan.checks import Prepared
@@ -121,6 +122,7 @@ def render_plan(prepared: Prepared, *, processes: int = 1) -> str:
         f"{g.num_attention_heads} query and {g.num_key_value_heads} key/value heads of {g.head_dim})",
         f"student      rope {g.qk_rope_head_dim} + latent {_latents(g)}, nope {g.qk_nope_head_dim}, value "
         f"{g.v_head_dim}, query {query}, freqfold {recipe.convert.freqfold}, collapse {g.collapse}",
+        *([f"rotation     {describe_stock_rope(g.stock_rope)}"] if g.stock_rope else []),
         f"cache        {g.source_cache} -> {g.cache} values per token and layer ({-100 * g.saving:+.1f} %)",
         *_ranks(g),
         f"parameters   source {sizes.source:,}; student {sizes.student:,}, of which attention {sizes.attention:,}; "

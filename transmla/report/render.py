@@ -23,6 +23,7 @@ from transmla.report.tables import (
     task_tables,
     threshold_table,
 )
+from transmla.rotary import describe_stock_rope
 
 
 def render(report: dict[str, Any]) -> str:
@@ -36,6 +37,8 @@ def render(report: dict[str, Any]) -> str:
         "",
         *ranks_table(g),
     ]
+    if g.get("stock_rope"):
+        lines += [f"Rotary embedding, in place of the source's: {describe_stock_rope(g['stock_rope'])}.", ""]
     if report["key_regression_error"]:
         errors = report["key_regression_error"]
         lines += [

@@ -187,7 +187,8 @@ def test_a_reply_that_parts_is_judged_where_it_parts() -> None:
     near = greedy_distance(expected, words, values, found)
     assert (near.same, near.total, near.parted, near.gap) == (4, 6, 1, 0.25)
     far = greedy_distance(expected, words, values, torch.tensor([[3, 7, 4], [2, 2, 2]]))
-    assert far.gap == math.inf and far.same == 5  # none of the words that are kept
+    assert far.gap == math.inf  # none of the words that are kept
+    assert far.same == 4  # the last word is the same by chance: it follows another text
     assert greedy_distance(expected, words, values, expected).gap == 0.0
 
 

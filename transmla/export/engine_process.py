@@ -13,13 +13,19 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 ABSENT = 69
-PACKAGES = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp"}
+PACKAGES = {
+    "transformers": "transformers",
+    "vllm": "vllm",
+    "vllm-transformers": "vllm",
+    "llama.cpp": "llama_cpp",
+}
+PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM calls in each of its processes
 FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernels for CPUs take
 Answer = tuple[dict[str, Any], dict[str, Any]]  # arrays by name; what is said beside them
 
@@ -52,7 +58,7 @@ def ask_transformers(request: dict[str, Any]) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if request["package"]:  # a student in its own class
+    if request["own_class"]:
         import importlib
 
         importlib.import_module("transmla")
@@ -75,6 +81,8 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
 
     rows, prompts, top = request["tokens"], request["prompts"], request["top"]
     options: dict[str, Any] = {}
+    if request["engine"] == "vllm-transformers":
+        options["model_impl"] = "transformers"
     if current_platform.is_cpu():  # its own rotary kernel is wrong on MLA's shapes
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     longest = max(max(map(len, rows)) + 1, max(map(len, prompts)) + request["new_tokens"])
@@ -177,6 +185,7 @@ def quantise(request: dict[str, Any]) -> Answer:
 ASK: dict[str, Callable[[dict[str, Any]], Answer]] = {
     "transformers": ask_transformers,
     "vllm": ask_vllm,
+    "vllm-transformers": ask_vllm,
     "llama.cpp": ask_llama_cpp,
 }
 
@@ -187,10 +196,8 @@ def main(request_file: str, answer_folder: str) -> int:
     os.dup2(2, 1)  # what libraries print is for people
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     package = PACKAGES[request["engine"]]
-    try:
-        __import__(package)
-    except ImportError as error:
-        print(f"{package} cannot be imported: {error}", file=sys.stderr)
+    if (missing := _missing(package, own_class=request["own_class"])) is not None:
+        print(missing, file=sys.stderr)
         return ABSENT
     arrays, said = {"probe": lambda _: ({}, {}), "quantise": quantise, "ask": ASK[request["engine"]]}[request["do"]](
         request
@@ -202,6 +209,18 @@ def main(request_file: str, answer_folder: str) -> int:
         np.savez(Path(answer_folder) / "answer.npz", **arrays)
     (Path(answer_folder) / "answer.json").write_text(json.dumps(said), encoding="utf-8")
     return 0
+
+
+def _missing(package: str, *, own_class: bool) -> str | None:
+    """What this environment lacks: the engine, and for a student in its own class what brings that class."""
+    for name in (package, "transmla") if own_class else (package,):
+        try:
+            __import__(name)
+        except ImportError as error:
+            return f"{name} cannot be imported: {error}"
+    if own_class and package == "vllm" and not any(plugin.name == "transmla" for plugin in entry_points(group=PLUGINS)):
+        return f"no installed transmla has an entry point in {PLUGINS}"
+    return None
 
 
 def _version(package: str) -> str:

@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from gguf import GGUFReader, LlamaFileType
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from transmla.errors import RecipeError
 from transmla.export.engine_comparison import distance, distance_of_likeliest, greedy_distance, prompts_of
 from transmla.export.engine_process import greedy
+from transmla.export.engines import reading_of
 from transmla.export.engines_asked import Answers, EngineError, ask
 from transmla.export.gguf_file import KINDS, check_folder, save_gguf
 from transmla.export.reload_check import DEFAULT_TOLERANCE, MAX_KL, log_probabilities
 from transmla.files import temporary_folder
 from transmla.hardware import free_memory
 from transmla.recipe.names import share
-from transmla.run.finished_folder import Finding, digests_of, kept_recipe, kept_tokens, student_of
+from transmla.run.finished_folder import Finding, digests_of, kept_recipe, kept_text, student_of
 from transmla.sources.config import read_config
 from transmla.sources.gguf_header import check_gguf
 from transmla.sources.local_model import load_model
 
 KEY = "verify"
-ENGINES = ("transformers", "vllm", "llama.cpp")
 TOP = 256  # words that vLLM is asked for at every token
 PROMPT = 16  # tokens
-SAMPLE = 256  # tokens, of a checkpoint without its output directory
+SAMPLE = 256  # tokens, where no evaluated text is kept
 TEXT = (
     "I'd   say it's 12345 times as big,\n\n\tsaid  Zoë (the élève): «Ça va ?» 你好，世界 a你好b 🦙🦙 theHEre x==y "
     "&& z!=0\r\nShe'LL RE-read it... 3.14159 % of 2,000,000!"
@@ -39,31 +39,44 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Bound:
-    """What an engine may differ by: of a log-probability in nats, None: whatever; the mean KL in nats per token."""
+    """What an engine may differ by.
+
+    difference: of a log-probability, nats; None: whatever. kl: the mean, nats per token. tie: by how much the student
+    may prefer its own word to the one that the engine's greedy reply has instead, nats.
+    """
 
     difference: float | None
     kl: float
+    tie: float
 
 
 # By how the weights are stored, finer ones first. Quantised weights are other weights: their distance is stated, and
 # bounded where more than the format's own error must be the reason.
 BOUNDS = {
-    "float32": Bound(DEFAULT_TOLERANCE[torch.float32], 1e-5),
-    "bfloat16": Bound(DEFAULT_TOLERANCE[torch.bfloat16], MAX_KL),
-    "q8_0": Bound(None, 2e-2),
-    "q4_k_m": Bound(None, 0.5),
+    "float32": Bound(DEFAULT_TOLERANCE[torch.float32], 1e-5, 4e-3),
+    "bfloat16": Bound(DEFAULT_TOLERANCE[torch.bfloat16], MAX_KL, 0.25),
+    "q8_0": Bound(None, 2e-2, 0.5),
+    "q4_k_m": Bound(None, 0.5, 2.0),
 }
 STORED = {"f32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Place:
-    """exported: the checkpoint. student: the model that it was made of; None where it is not there."""
+    """exported: the checkpoint, with its tokenizer. student: the model that it was made of; None where it is not there.
+    tokens: whose log-probabilities are compared, [n, L]. text: tokens [L] of shipped text, for prompts."""
 
     exported: Path
+    tokenizer: PreTrainedTokenizerBase
     student: Path | None
     tokens: Tensor
+    text: Tensor
     config: PretrainedConfig
+
+    @property
+    def own_class(self) -> bool:
+        """Whether transmla brings the checkpoint's class."""
+        return self.config.model_type != "deepseek_v3"
 
 
 def check_engine(
@@ -92,25 +105,26 @@ def check_engine(
         check_gguf(gguf, KEY)
     elif engine == "llama.cpp":
         check_folder(place.exported)
-    ask(engine, python, KEY, do="probe")
+    ask(engine, python, KEY, own_class=place.own_class, do="probe")
     found = [digests_of(name, path) for name, path in _artifacts(folder, place)]
     if any(line.good is False for line in found):
         return [*found, Finding(engine, None, "not asked: files are missing or damaged")]
+    if not (reading := reading_of(engine, place.config)).reads:
+        found.append(Finding("engine table", None, f"{engine} would not read it rightly: {'; '.join(reading.why)}"))
     _require_memory(place)
     model = load_model(place.student or place.exported, torch.float32, "cpu")
     expected = log_probabilities(model, place.tokens)
-    asked = prompts_of(place.tokens, prompts, PROMPT)
+    asked = prompts_of(place.text, prompts, PROMPT)
     own = greedy(model, asked, new_tokens)
     del model  # one model in memory at a time
-    tokenizer = AutoTokenizer.from_pretrained(place.exported, trust_remote_code=False)
-    texts = [TEXT, *tokenizer.batch_decode(place.tokens)]
+    texts = [TEXT, *place.tokenizer.batch_decode(place.tokens)]
     request = {
         "tokens": place.tokens.tolist(),
         "prompts": asked.tolist(),
         "new_tokens": new_tokens,
         "texts": texts,
         "top": min(TOP, place.config.vocab_size),
-        "package": place.config.model_type != "deepseek_v3",
+        "own_class": place.own_class,
     }
     try:
         answers, kind = _answers(engine, python, place, gguf, request)
@@ -120,7 +134,7 @@ def check_engine(
     coarser = max(kind, _stored(place.config), key=list(BOUNDS).index) if place.student else kind
     found += _compare(expected, own, answers, BOUNDS[coarser])
     if "tokenized" in answers.said:
-        found.append(_tokenizers(tokenizer(texts)["input_ids"], answers.said["tokenized"]))
+        found.append(_tokenizers(place.tokenizer(texts)["input_ids"], answers.said["tokenized"]))
     title = f"{engine} {answers.said['version']}, weights in {kind}"
     return [
         *found,
@@ -157,23 +171,24 @@ def _place(folder: Path) -> Place:
     """
     exported = folder / "exported"
     if exported.is_dir():
-        student = folder / student_of(folder)
-        config = read_config(exported, KEY)
-        tokens = kept_tokens(folder, kept_recipe(folder), config)
-        return Place(exported, student if student.is_dir() else None, tokens, config)
-    if not (folder / "config.json").is_file():
+        student: Path | None = folder / student_of(folder)
+        tokens = kept_text(folder, kept_recipe(folder))
+    elif not (folder / "config.json").is_file():
         raise RecipeError(KEY, f"{folder} has neither an exported checkpoint nor is it one; name an output directory")
-    config = read_config(folder, KEY)
-    return Place(folder, None, _sample(folder, config), config)
+    else:
+        exported, student, tokens = folder, None, None
+    config = read_config(exported, KEY)
+    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
+    text = _shipped_text(tokenizer)
+    if tokens is None:
+        tokens = text[None, : min(SAMPLE, config.max_position_embeddings)]
+    return Place(exported, tokenizer, student if student and student.is_dir() else None, tokens, text, config)
 
 
-def _sample(folder: Path, config: PretrainedConfig) -> Tensor:
-    """Tokens [1, L] of the shipped text that nothing is trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _shipped_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Tokens [L] of the text that is shipped and that nothing is trained on."""
     lines = (share("data") / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    text = "\n\n".join(json.loads(line)["text"] for line in lines[:20])
-    length = min(SAMPLE, config.max_position_embeddings)
-    return torch.tensor([tokenizer(text)["input_ids"][:length]])
+    return torch.tensor(tokenizer("\n\n".join(json.loads(line)["text"] for line in lines[:20]))["input_ids"])
 
 
 def _artifacts(folder: Path, place: Place) -> list[tuple[str, Path]]:
@@ -212,12 +227,15 @@ def _compare(expected: Tensor, own: tuple[Tensor, Tensor, Tensor], answers: Answ
     words = f"{far.words:,} words at each of {far.tokens} tokens"
     detail = f"largest difference {far.difference:.2e}{limit}, KL {far.kl:.2e} (at most {bound.kl:g}); {words}"
     same = greedy_distance(*own, arrays["greedy"])
-    # Two words whose log-probabilities may each move by the bound change places where they are twice as near.
-    tie = bound.difference is None or same.gap <= 2 * bound.difference
-    parted = f"; {same.parted} replies part, where the reference prefers its word by at most {same.gap:.2e}"
+    parted = (
+        f", then {same.parted} of {len(arrays['greedy'])} replies part, where the reference prefers its word by "
+        f"{same.gap:.2e} (at most {bound.tie:g})"
+    )
     return [
         Finding("log-probabilities", near, detail),
-        Finding("greedy tokens", tie, f"{same.same} of {same.total} the same{parted * bool(same.parted)}"),
+        Finding(
+            "greedy tokens", same.gap <= bound.tie, f"{same.same} of {same.total} the same{parted * bool(same.parted)}"
+        ),
     ]
 
 

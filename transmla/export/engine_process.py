@@ -26,6 +26,7 @@ PACKAGES = {
     "llama.cpp": "llama_cpp",
 }
 PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM calls in each of its processes
+BLOCK = 256  # tokens that vLLM may give a sequence beyond those that it has
 FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernels for CPUs take
 Answer = tuple[dict[str, Any], dict[str, Any]]  # arrays by name; what is said beside them
 
@@ -79,7 +80,9 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    rows, prompts, top = request["tokens"], request["prompts"], request["top"]
+    # A word is written after every row, so that one which fills all positions loses its last.
+    rows = [row[: config["max_position_embeddings"] - 1] for row in request["tokens"]]
+    prompts, top = request["prompts"], request["top"]
     options: dict[str, Any] = {}
     if request["engine"] == "vllm-transformers":
         options["model_impl"] = "transformers"
@@ -90,7 +93,8 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
         model=request["model"],
         dtype=request["dtype"],
         max_model_len=longest,
-        max_num_seqs=max(1, len(prompts)),
+        max_num_seqs=len(prompts),
+        kv_cache_memory_bytes=_cache_bytes(config, len(prompts) * (longest + BLOCK)),
         max_logprobs=top,
         enforce_eager=True,
         enable_prefix_caching=False,  # it would skip words whose log-probabilities are asked for
@@ -114,6 +118,12 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
         "greedy": np.array([list(reply.outputs[0].token_ids) for reply in replies], np.int64),
     }
     return arrays, {"mla": os.environ.get("VLLM_MLA_DISABLE") != "1"}
+
+
+def _cache_bytes(config: dict[str, Any], tokens: int) -> int:
+    """Room for tokens, with keys and values expanded in float32; by itself vLLM takes nearly all memory there is."""
+    head = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    return 2 * 4 * config["num_hidden_layers"] * config["num_attention_heads"] * head * tokens
 
 
 def ask_llama_cpp(request: dict[str, Any]) -> Answer:

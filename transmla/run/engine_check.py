@@ -101,6 +101,10 @@ def check_engine(
     if gguf is not None and engine != "llama.cpp":
         raise RecipeError(KEY, f"--gguf is what llama.cpp reads, {engine} reads the directory; leave it out")
     place = _place(folder)
+    if new_tokens > (room := place.config.max_position_embeddings - PROMPT):
+        raise RecipeError(
+            KEY, f"--new-tokens {new_tokens}: prompts of {PROMPT} tokens leave room for {room}; give fewer"
+        )
     if gguf is not None:
         check_gguf(gguf, KEY)
     elif engine == "llama.cpp":

@@ -13,6 +13,7 @@ from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Convert, Recipe
 
 CONVERTED = ("device=cpu", "dtype=float32", "recover=[]", "evaluate.prompts=[]")  # an export, and no training
+TINY = ("convert.qk_rope_head_dim=16",)  # 16 + 16: vLLM's attention on a CPU takes no head of 24
 SMALL = ("convert.calibration.tokens=2048", "evaluate.tokens=1024", "evaluate.max_length=256")
 LLAMA3 = (
     "{rope_type: llama3, rope_theta: 1e4, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, "
@@ -72,15 +73,21 @@ ROWS = {
     "Qwen2.5-Coder-0.5B, biases folded": Row(
         "qwen0.5b_r1", (*QWEN, "convert.biases=fold"), "TRANSMLA_QWEN05", needs="biases"
     ),
-    "llama3 rope, tiny": Row("debug", (f"model.config.rope_parameters={LLAMA3}",)),
+    "llama3 rope, tiny": Row("debug", (*TINY, f"model.config.rope_parameters={LLAMA3}")),
     "Mixtral, tiny": Row(
         "debug",
-        ("model.config.model_type=mixtral", "+model.config.num_local_experts=4", "+model.config.num_experts_per_tok=2"),
+        (
+            *TINY,
+            "model.config.model_type=mixtral",
+            "+model.config.num_local_experts=4",
+            "+model.config.num_experts_per_tok=2",
+        ),
     ),
-    "Qwen3, tiny": Row("debug", ("model.config.model_type=qwen3",)),
+    "Qwen3, tiny": Row("debug", (*TINY, "model.config.model_type=qwen3")),
     "Gemma 2, tiny": Row(
         "debug",
         (
+            *TINY,
             "model.config.model_type=gemma2",
             "+model.config.sliding_window=16",
             "+model.config.attn_logit_softcapping=2.0",

@@ -12,10 +12,11 @@ from tests.stock_checkpoint import YARN, byte_pairs, stock_checkpoint
 from transmla.run.engine_check import check_engine
 
 pytestmark = pytest.mark.serving
+COMPACT = {"qk_rope_head_dim": 16}  # 16 + 16: its attention on a CPU takes no head of 24
 CASES = {
-    "compact": {},
-    "query latent": {"q_lora_rank": 32},
-    "yarn": {"rope_parameters": YARN},
+    "compact": COMPACT,
+    "query latent": {**COMPACT, "q_lora_rank": 32},
+    "yarn": {**COMPACT, "rope_parameters": YARN},
     "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
 }
 

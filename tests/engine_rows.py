@@ -1,7 +1,4 @@
-"""The rows of the engine table in docs/serving.md: recipes whose exports have what engines differ in.
-
-`python -m tests.engine_rows` prints them as commands.
-"""
+"""The rows of the engine table in docs/serving.md: recipes whose exports have what engines differ in."""
 
 from __future__ import annotations
 
@@ -12,9 +9,8 @@ from pathlib import Path
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Convert, Recipe
 
-CONVERTED = ("device=cpu", "dtype=float32", "recover=[]", "evaluate.prompts=[]")  # an export, and no training
+CONVERTED = ("device=cpu", "recover=[]", "export.dtype=float32")  # an export, and no training
 TINY = ("convert.qk_rope_head_dim=16",)  # 16 + 16: vLLM's attention on a CPU takes no head of 24
-SMALL = ("convert.calibration.tokens=2048", "evaluate.tokens=1024", "evaluate.max_length=256")
 LLAMA3 = (
     "{rope_type: llama3, rope_theta: 1e4, factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, "
     "original_max_position_embeddings: 64}"
@@ -58,17 +54,18 @@ FROM_A_DIRECTORY = {
     "qwen0.5b_r1": ("~model.sha256", "~model.file", "~model.tie_word_embeddings"),
 }
 QWEN = (
-    *SMALL,
+    "dtype=float32",
     "write=[]",
     "convert.calibration.data=[sample_train]",
+    "convert.calibration.tokens=2048",
     "convert.calibration.max_length=512",
     "convert.calibration.batch_size=4",
     "evaluate.solve=[]",
     "evaluate.require=[]",
 )
 ROWS = {
-    "SmolLM2-135M, compact": Row("smollm2_135m", SMALL, "TRANSMLA_SMOLLM2"),
-    "SmolLM2-135M, padded": Row("smollm2_135m", (*SMALL, "export.layout=padded"), "TRANSMLA_SMOLLM2"),
+    "SmolLM2-135M, compact": Row("smollm2_135m", (), "TRANSMLA_SMOLLM2"),
+    "SmolLM2-135M, padded": Row("smollm2_135m", ("export.layout=padded",), "TRANSMLA_SMOLLM2"),
     "Qwen2.5-Coder-0.5B": Row("qwen0.5b_r1", QWEN, "TRANSMLA_QWEN05"),
     "Qwen2.5-Coder-0.5B, biases folded": Row(
         "qwen0.5b_r1", (*QWEN, "convert.biases=fold"), "TRANSMLA_QWEN05", needs="biases"

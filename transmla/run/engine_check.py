@@ -63,14 +63,10 @@ STORED = {"f32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Place:
-    """exported: the checkpoint, with its tokenizer. student: the model that it was made of; None where it is not there.
-    tokens: whose log-probabilities are compared, [n, L]. text: tokens [L] of shipped text, for prompts."""
+    """exported: the checkpoint. student: the model that it was made of; None where it is not there."""
 
     exported: Path
-    tokenizer: PreTrainedTokenizerBase
     student: Path | None
-    tokens: Tensor
-    text: Tensor
     config: PretrainedConfig
 
     @property
@@ -115,15 +111,20 @@ def check_engine(
         return [*found, Finding(engine, None, "not asked: files are missing or damaged")]
     if not (reading := reading_of(engine, place.config)).reads:
         found.append(Finding("engine table", None, f"{engine} would not read it rightly: {'; '.join(reading.why)}"))
-    _require_memory(place)
+    tokenizer = AutoTokenizer.from_pretrained(place.exported, trust_remote_code=False)
+    text = _shipped_text(tokenizer)
+    tokens = None if place.exported == folder else kept_text(folder, kept_recipe(folder))
+    if tokens is None:
+        tokens = text[None, : min(SAMPLE, place.config.max_position_embeddings)]
+    _require_memory(place, tokens.numel())
     model = load_model(place.student or place.exported, torch.float32, "cpu")
-    expected = log_probabilities(model, place.tokens)
-    asked = prompts_of(place.text, prompts, PROMPT)
+    expected = log_probabilities(model, tokens)
+    asked = prompts_of(text, prompts, PROMPT)
     own = greedy(model, asked, new_tokens)
     del model  # one model in memory at a time
-    texts = [TEXT, *place.tokenizer.batch_decode(place.tokens)]
+    texts = [TEXT, *tokenizer.batch_decode(tokens)]
     request = {
-        "tokens": place.tokens.tolist(),
+        "tokens": tokens.tolist(),
         "prompts": asked.tolist(),
         "new_tokens": new_tokens,
         "texts": texts,
@@ -138,7 +139,7 @@ def check_engine(
     coarser = max(kind, _stored(place.config), key=list(BOUNDS).index) if place.student else kind
     found += _compare(expected, own, answers, BOUNDS[coarser])
     if "tokenized" in answers.said:
-        found.append(_tokenizers(place.tokenizer(texts)["input_ids"], answers.said["tokenized"]))
+        found.append(_tokenizers(tokenizer(texts)["input_ids"], answers.said["tokenized"]))
     title = f"{engine} {answers.said['version']}, weights in {kind}"
     return [
         *found,
@@ -175,18 +176,11 @@ def _place(folder: Path) -> Place:
     """
     exported = folder / "exported"
     if exported.is_dir():
-        student: Path | None = folder / student_of(folder)
-        tokens = kept_text(folder, kept_recipe(folder))
-    elif not (folder / "config.json").is_file():
+        student = folder / student_of(folder)
+        return Place(exported, student if student.is_dir() else None, read_config(exported, KEY))
+    if not (folder / "config.json").is_file():
         raise RecipeError(KEY, f"{folder} has neither an exported checkpoint nor is it one; name an output directory")
-    else:
-        exported, student, tokens = folder, None, None
-    config = read_config(exported, KEY)
-    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
-    text = _shipped_text(tokenizer)
-    if tokens is None:
-        tokens = text[None, : min(SAMPLE, config.max_position_embeddings)]
-    return Place(exported, tokenizer, student if student and student.is_dir() else None, tokens, text, config)
+    return Place(folder, None, read_config(folder, KEY))
 
 
 def _shipped_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -202,7 +196,7 @@ def _artifacts(folder: Path, place: Place) -> list[tuple[str, Path]]:
     return [(path.name, path) for path in (place.exported, place.student) if path is not None]
 
 
-def _require_memory(place: Place) -> None:
+def _require_memory(place: Place, tokens: int) -> None:
     """Check that a model in float32 fits into memory.
 
     Raises:
@@ -211,7 +205,7 @@ def _require_memory(place: Place) -> None:
     source = place.student or place.exported
     stored = sum(file.stat().st_size for file in source.glob("model*.safetensors"))
     needed = stored * 4 // getattr(torch, _stored(place.config)).itemsize
-    needed += 4 * 3 * place.tokens.numel() * place.config.vocab_size
+    needed += 4 * 3 * tokens * place.config.vocab_size
     if (free := free_memory(torch.device("cpu"))) < needed:
         raise RecipeError(
             KEY,

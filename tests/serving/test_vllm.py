@@ -6,6 +6,7 @@ Where vLLM is not in this environment, TRANSMLA_VLLM_PYTHON names the python of 
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.serving.installed import python_of
 from tests.stock_checkpoint import YARN, byte_pairs, stock_checkpoint
@@ -13,11 +14,13 @@ from transmla.run.engine_check import check_engine
 
 pytestmark = pytest.mark.serving
 COMPACT = {"qk_rope_head_dim": 16}  # 16 + 16: its attention on a CPU takes no head of 24
+PADDED = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 CASES = {
     "compact": COMPACT,
     "query latent": {**COMPACT, "q_lora_rank": 32},
     "yarn": {**COMPACT, "rope_parameters": YARN},
-    "padded": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128},
+    "padded": PADDED,
+    "padded, its own MLA": {**PADDED, "dtype": torch.bfloat16},
 }
 
 

@@ -101,7 +101,7 @@ def test_vllm(checkpoint: Path, tmp_path: Path, capsys) -> None:
 
 def test_vllm_with_its_own_mla_on_a_gpu(tmp_path: Path, capsys) -> None:
     dimensions = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32)
-    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), **dimensions)
+    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), dtype=torch.bfloat16, **dimensions)
     program = stand_in(tmp_path, cpu=False)
     assert verified([folder, "--engine", "vllm", "--python", program, "--new-tokens", 2], capsys)[0] == 0
     options = json.loads((tmp_path / "site/vllm/options.json").read_text())

@@ -27,7 +27,7 @@ PACKAGES = {
 }
 PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM calls in each of its processes
 BLOCK = 256  # tokens that vLLM may give a sequence beyond those that it has
-FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernels for CPUs take
+FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernel for CPUs takes, in 16 bits
 Answer = tuple[dict[str, Any], dict[str, Any]]  # arrays by name; what is said beside them
 
 
@@ -74,7 +74,8 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
     """The log-probabilities of the likeliest words; vLLM gives none of the others for the words of a prompt."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process that outlives this one
     config = json.loads((Path(request["model"]) / "config.json").read_text(encoding="utf-8"))
-    if config.get("kv_lora_rank", 0) + config.get("qk_rope_head_dim", 0) != FAST_CPU_HEAD:
+    size = config.get("kv_lora_rank", 0) + config.get("qk_rope_head_dim", 0)
+    if size != FAST_CPU_HEAD or request["dtype"] == "float32":
         os.environ["VLLM_MLA_DISABLE"] = "1"  # read on import
     import numpy as np
     from vllm import LLM, SamplingParams

@@ -63,6 +63,8 @@ SMALL_SIZES = Sizes(source=134_515_008, student=138_385_728, attention=30_412_80
         (True, Distill, "attention", "whole", 4, 57.41),
         (True, Distill, "all", "fsdp2", 4, 73.41),
         (True, Distill, "all", "zero3", 4, 67.04),
+        (True, Distill, "all", "fsdp2", 2, 106.23),
+        (True, Distill, "all", "zero3", 2, 102.26),
         (False, Distill, "all", "whole", 1, 5.34),
         (False, Distill, "attention", "whole", 1, 2.72),
         (False, Sft, "all", "whole", 1, 5.18),

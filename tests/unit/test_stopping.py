@@ -251,3 +251,14 @@ def raised_from(cause: Exception, *, explicitly: bool) -> Exception:
 def test_what_the_machine_lacks_is_one_sentence(error: Exception, words: str | None) -> None:
     found = fault_of(error)
     assert found is None if words is None else found is not None and re.match(words, found)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["verify", "recipe=debug", "dry_run=true"]], ids=["help", "plan"])
+def test_a_pipe_that_nobody_reads_is_one_line(words) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import sys; from transmla.cli import main; sys.exit(main())", *words]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: nobody reads standard output")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,18 +23,31 @@ def guarded(work: Callable[[], int], *, signals: bool = True) -> int:
     """
     with watched() if signals else nullcontext():
         try:
-            return work()
+            code = work()
+            sys.stdout.flush()  # a reader that is gone shows here, not in Python's last words
+            return code
         except RecipeError as error:
             request().held += 1  # the error is said, whatever comes meanwhile
             print_error(str(error))
         except Exception as error:
             end_if_another_died()
+            if isinstance(error, BrokenPipeError) and _unread():
+                print_error("nobody reads standard output any more; the same command goes on")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+                return 128 + signal.SIGPIPE
             if request().number:
                 end_stopped(f" ({type(error).__name__} while it ended)")
             if (sentence := fault_of(error)) is None:
                 raise
             print_error(sentence)
         return FAILED
+
+
+def _unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as behind `| head`."""
+    asked = select.poll()
+    asked.register(1, 0)
+    return any(events & select.POLLERR for _, events in asked.poll(0))
 
 
 def print_error(text: str) -> None:

@@ -26,7 +26,7 @@ PACKAGES = {
     "llama.cpp": "llama_cpp",
 }
 PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM calls in each of its processes
-BLOCK = 256  # tokens that vLLM may give a sequence beyond those that it has
+BLOCK = 128  # tokens: vLLM's blocks of a cache on a CPU; a GPU's are smaller
 FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernel for CPUs takes, in 16 bits
 Answer = tuple[dict[str, Any], dict[str, Any]]  # arrays by name; what is said beside them
 
@@ -95,7 +95,7 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
         dtype=request["dtype"],
         max_model_len=longest,
         max_num_seqs=len(prompts),
-        kv_cache_memory_bytes=_cache_bytes(config, len(prompts) * (longest + BLOCK)),
+        kv_cache_memory_bytes=_cache_bytes(config, rows, prompts, request["new_tokens"]),
         max_logprobs=top,
         enforce_eager=True,
         enable_prefix_caching=False,  # it would skip words whose log-probabilities are asked for
@@ -121,10 +121,14 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
     return arrays, {"mla": os.environ.get("VLLM_MLA_DISABLE") != "1"}
 
 
-def _cache_bytes(config: dict[str, Any], tokens: int) -> int:
-    """Room for tokens, with keys and values expanded in float32; by itself vLLM takes nearly all memory there is."""
+def _cache_bytes(config: dict[str, Any], rows: list[list[int]], prompts: list[list[int]], new_tokens: int) -> int:
+    """Room for all that is asked at once, with keys and values expanded in float32; by itself vLLM takes nearly all the
+    memory there is."""
+    row_blocks = sum(len(row) // BLOCK + 1 for row in rows)
+    reply_blocks = sum((len(prompt) + new_tokens) // BLOCK + 1 for prompt in prompts)
     head = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    return 2 * 4 * config["num_hidden_layers"] * config["num_attention_heads"] * head * tokens
+    token = 2 * 4 * config["num_hidden_layers"] * config["num_attention_heads"] * head
+    return token * BLOCK * (max(row_blocks, reply_blocks) + 1)
 
 
 def ask_llama_cpp(request: dict[str, Any]) -> Answer:

@@ -74,4 +74,5 @@ def test_it_takes_some_depths_for_another_model(tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr("transmla.export.gguf_file.unreadable", lambda config: None)
     save_gguf(folder, tmp_path / "it.gguf", "f32")
     found = check_engine(folder, "llama.cpp", python=python_of("llama.cpp"), gguf=tmp_path / "it.gguf")
-    assert len(found) == 1 and found[0].detail.startswith("it does not run the checkpoint: ")
+    assert [line.what for line in found] == ["engine table", "llama.cpp"]
+    assert found[-1].detail.startswith("it does not run the checkpoint: ")

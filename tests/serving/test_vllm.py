@@ -20,7 +20,7 @@ CASES = {
     "query latent": {**COMPACT, "q_lora_rank": 32},
     "yarn": {**COMPACT, "rope_parameters": YARN},
     "padded": PADDED,
-    "padded, its own MLA": {**PADDED, "dtype": torch.bfloat16},
+    "padded, its own MLA": {**PADDED, "dtype": torch.bfloat16, "initializer_range": 0.06},  # its products are rounded
 }
 
 

@@ -36,8 +36,8 @@ FOLDER_VERBS = ("chat", "gguf", "push")  # of a folder that is there, with optio
 USAGE = "\n".join(
     [
         "usage: transmla VERB recipe=NAME [key.sub=value ...]",
-        "       transmla verify DIR [--engine transformers|vllm|llama.cpp] [--python PATH] [--gguf FILE]",
-        "                           [--prompts N] [--new-tokens N]",
+        "       transmla verify DIR [--engine transformers|vllm|vllm-transformers|llama.cpp]",
+        "                           [--python PATH] [--gguf FILE] [--prompts N] [--new-tokens N]",
         "       transmla gguf DIR OUT [--type f32|bf16|q8_0|q4_k_m] [--pre NAME] [--python PATH]",
         "       transmla zoo [recipe=NAME ...] [key.sub=value ...]",
         "       transmla chat DIR [--temperature T] [--max-new-tokens N] [--device D] [--dtype T]",

@@ -3,25 +3,18 @@
 Where llama-cpp-python is not in this environment, TRANSMLA_LLAMA_CPP_PYTHON names the python of one that has it.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.serving.installed import python_of
 from tests.stock_checkpoint import STEPPED, YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.export.gguf_file import save_gguf
 from transmla.export.gguf_pre_tokenizers import NAMES
 from transmla.run.engine_check import check_engine
 
-PYTHON = Path(os.environ.get("TRANSMLA_LLAMA_CPP_PYTHON", sys.executable))
-THERE = subprocess.run([str(PYTHON), "-c", "import llama_cpp"], capture_output=True).returncode == 0
-pytestmark = [
-    pytest.mark.serving,
-    pytest.mark.skipif(not THERE, reason="llama-cpp-python is not installed: TRANSMLA_LLAMA_CPP_PYTHON names a python"),
-]
+pytestmark = pytest.mark.serving
 TOKENIZERS = {
     "bytes": lambda: byte_pairs(),
     "bytes, first token": lambda: byte_pairs("<|turn|>"),
@@ -44,7 +37,7 @@ CASES = {
 
 def missed(folder: Path, **options: object) -> list[str]:
     """Lines that are no good."""
-    found = check_engine(folder, "llama.cpp", python=PYTHON, **options)  # type: ignore[arg-type]
+    found = check_engine(folder, "llama.cpp", python=python_of("llama.cpp"), **options)  # type: ignore[arg-type]
     assert {"log-probabilities", "greedy tokens", "tokens of text"} <= {line.what for line in found}, found
     return [f"{line.what}: {line.detail}" for line in found if line.good is False]
 
@@ -64,7 +57,7 @@ def test_it_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     folder = stock_checkpoint(
         tmp_path / "exported", byte_pairs(), dtype=torch.bfloat16, hidden_size=256, initializer_range=0.06
     )
-    save_gguf(folder, tmp_path / "it.gguf", kind, python=PYTHON)
+    save_gguf(folder, tmp_path / "it.gguf", kind, python=python_of("llama.cpp"))
     assert missed(folder, gguf=tmp_path / "it.gguf") == []
 
 
@@ -81,5 +74,6 @@ def test_it_takes_some_depths_for_another_model(tmp_path: Path, monkeypatch) -> 
     folder = stock_checkpoint(tmp_path / "it", byte_pairs(), **fields)
     monkeypatch.setattr("transmla.export.gguf_file.unreadable", lambda config: None)
     save_gguf(folder, tmp_path / "it.gguf", "f32")
-    found = check_engine(folder, "llama.cpp", python=PYTHON, gguf=tmp_path / "it.gguf")
-    assert len(found) == 1 and found[0].detail.startswith("it does not run the checkpoint: ")
+    found = check_engine(folder, "llama.cpp", python=python_of("llama.cpp"), gguf=tmp_path / "it.gguf")
+    assert [line.what for line in found] == ["engine table", "llama.cpp"]
+    assert found[-1].detail.startswith("it does not run the checkpoint: ")

@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch
 from tests.stock_checkpoint import byte_pairs, stock_checkpoint
 from transmla.cli import main
 from transmla.errors import RecipeError
+from transmla.export import engine_process
 from transmla.export.engine_comparison import distance, distance_of_likeliest, greedy_distance, prompts_of
 from transmla.export.engines_asked import EngineError, ask
 
@@ -90,16 +92,16 @@ def verified(words: list[object], capsys) -> tuple[int, str, str]:
 def test_vllm(checkpoint: Path, tmp_path: Path, capsys) -> None:
     program = stand_in(tmp_path)
     code, out, _ = verified([checkpoint, "--engine", "vllm", "--python", program, "--prompts", 3], capsys)
-    assert code == 0 and "256 words at each of 255 tokens" in out and "96 of 96 the same" in out
+    assert code == 0 and "256 words at each of 254 tokens" in out and "96 of 96 the same" in out
     options = json.loads((tmp_path / "site/vllm/options.json").read_text())
     assert options["compilation_config"] == {"custom_ops": ["-rotary_embedding"]}
-    assert options["dtype"] == "float32" and options["max_logprobs"] == 256 and options["max_model_len"] == 257
+    assert options["dtype"] == "float32" and options["max_logprobs"] == 256 and options["max_model_len"] == 256
     assert options["environment"]["VLLM_MLA_DISABLE"] == "1" and not options["trust_remote_code"]
 
 
 def test_vllm_with_its_own_mla_on_a_gpu(tmp_path: Path, capsys) -> None:
     dimensions = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=32)
-    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), **dimensions)
+    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), dtype=torch.bfloat16, **dimensions)
     program = stand_in(tmp_path, cpu=False)
     assert verified([folder, "--engine", "vllm", "--python", program, "--new-tokens", 2], capsys)[0] == 0
     options = json.loads((tmp_path / "site/vllm/options.json").read_text())
@@ -131,6 +133,44 @@ def test_a_package_without_its_library_is_not_there(checkpoint: Path, tmp_path: 
     assert code == 2 and "llama.cpp is not in" in line and "no library" in line and "pip install llama-cpp" in line
 
 
+def own_class(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint whose class transmla brings, as far as its configuration says."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mla_llama"}))
+    return folder
+
+
+def test_own_classes_need_an_installed_transmla(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    folder = own_class(checkpoint, tmp_path / "it")
+    python_with(tmp_path, "transmla", {"__init__.py": "raise ImportError('no transmla')\n"})
+    program = stand_in(tmp_path)
+    code, _, line = verified([folder, "--engine", "vllm", "--python", program], capsys)
+    assert code == 2 and "vllm with transmla is not in" in line and "pip install vllm transmla" in line
+    code, _, line = verified([folder, "--engine", "llama.cpp", "--python", program], capsys)
+    assert code == 2 and "this is a mla_llama" in line  # before anything is asked for
+
+
+@pytest.mark.parametrize("plugins", [[], ["transmla"]])
+def test_vllm_has_to_find_the_plugin(plugins: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [SimpleNamespace(name=name) for name in ["lora", *plugins]]
+    monkeypatch.setattr(engine_process, "entry_points", lambda group: points)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    found = engine_process._missing("vllm", own_class=True)
+    assert found == (None if plugins else "no installed transmla has an entry point in vllm.general_plugins")
+    assert engine_process._missing("vllm", own_class=False) is None
+
+
+def test_the_table_is_said_beside_what_is_measured(tmp_path: Path, capsys) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    folder = stock_checkpoint(tmp_path / "it", byte_pairs(), rope_parameters=rope)
+    _, out, _ = verified([folder, "--engine", "vllm", "--python", stand_in(tmp_path), "--new-tokens", 2], capsys)
+    assert "vllm would not read it rightly: linear scaling of the rotary embedding" in out
+    _, out, _ = verified([folder, "--engine", "vllm-transformers", "--python", tmp_path / "python"], capsys)
+    assert "rightly" not in out
+    assert json.loads((tmp_path / "site/vllm/options.json").read_text())["model_impl"] == "transformers"
+
+
 WORDS = {
     "an unknown engine": (["--engine", "sglang"], "invalid choice: 'sglang'"),
     "no such python": (["--engine", "vllm", "--python", "/nowhere/python"], "is no program that can be run"),
@@ -139,6 +179,7 @@ WORDS = {
     "a GGUF for vLLM": (["--engine", "vllm", "--gguf", "it.gguf"], "--gguf is what llama.cpp reads"),
     "a GGUF that is none": (["--engine", "llama.cpp", "--gguf", __file__], "is no GGUF that can be read"),
     "a lost GGUF": (["--engine", "llama.cpp", "--gguf", "nowhere.gguf"], "nowhere.gguf is not there"),
+    "more tokens than positions": (["--engine", "transformers", "--new-tokens", "300"], "leave room for 240"),
     "no prompts": (["--engine", "transformers", "--prompts", "0"], "0 is no whole number from 1 on"),
 }
 
@@ -187,7 +228,8 @@ def test_a_reply_that_parts_is_judged_where_it_parts() -> None:
     near = greedy_distance(expected, words, values, found)
     assert (near.same, near.total, near.parted, near.gap) == (4, 6, 1, 0.25)
     far = greedy_distance(expected, words, values, torch.tensor([[3, 7, 4], [2, 2, 2]]))
-    assert far.gap == math.inf and far.same == 5  # none of the words that are kept
+    assert far.gap == math.inf  # none of the words that are kept
+    assert far.same == 4  # the last word is the same by chance: it follows another text
     assert greedy_distance(expected, words, values, expected).gap == 0.0
 
 

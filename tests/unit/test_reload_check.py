@@ -37,6 +37,14 @@ def test_a_process_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fresh_process, "__file__", str(script))
     assert "the process was killed, most likely for want of memory" in refused(tmp_path)
     assert fresh_process.reason_of(-signal.SIGSEGV, "") == "the process ended with SIGSEGV"
+    assert fresh_process.reason_of(1, "") == "no output"
+    assert fresh_process.reason_of(1, "this is wrong\nthis too\n") == "this too"
+    printed = (
+        "ValueError: earlier\n\nTraceback (most recent call last):\n  File\n"
+        "lib.errors.ValidationError: 1 error\n  it is too long\n    see https://errors\n[W] left behind\n"
+    )
+    said = "lib.errors.ValidationError: 1 error it is too long see https://errors"
+    assert fresh_process.reason_of(1, printed) == said
 
 
 def test_a_machine_without_the_memory_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:

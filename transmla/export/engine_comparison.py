@@ -24,8 +24,9 @@ class Distance:
 
 @dataclass(frozen=True)
 class Greedy:
-    """same of total tokens are the reference's. parted: how many replies part from it. gap: by how much at most the
-    reference prefers its own word where a reply parts, nats; after that the two continue different texts."""
+    """same of total tokens are the reference's and come before a reply parts from it: after that the two continue
+    different texts. parted: how many replies part. gap: by how much at most the reference prefers its own word there,
+    nats."""
 
     same: int
     total: int
@@ -73,7 +74,8 @@ def greedy_distance(expected: Tensor, words: Tensor, values: Tensor, found: Tens
         own = values[row, step]
         place = (words[row, step] == found[row, step]).nonzero()
         gaps.append(float(own[0] - own[place[0, 0]]) if len(place) else math.inf)  # not among the kept: far
-    return Greedy(int(equal.sum()), equal.numel(), len(gaps), max(gaps, default=0.0))
+    same = int(equal.cumprod(-1).sum())
+    return Greedy(same, equal.numel(), len(gaps), max(gaps, default=0.0))
 
 
 def prompts_of(tokens: Tensor, count: int, length: int) -> Tensor:

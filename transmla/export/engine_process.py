@@ -13,14 +13,21 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 ABSENT = 69
-PACKAGES = {"transformers": "transformers", "vllm": "vllm", "llama.cpp": "llama_cpp"}
-FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernels for CPUs take
+PACKAGES = {
+    "transformers": "transformers",
+    "vllm": "vllm",
+    "vllm-transformers": "vllm",
+    "llama.cpp": "llama_cpp",
+}
+PLUGINS = "vllm.general_plugins"  # the group of entry points that vLLM calls in each of its processes
+BLOCK = 128  # tokens: vLLM's blocks of a cache on a CPU; a GPU's are smaller
+FAST_CPU_HEAD = 576  # latent and rotary values: the one size that vLLM's MLA kernel for CPUs takes, in 16 bits
 Answer = tuple[dict[str, Any], dict[str, Any]]  # arrays by name; what is said beside them
 
 
@@ -52,7 +59,7 @@ def ask_transformers(request: dict[str, Any]) -> Answer:
     import torch
     from transformers import AutoModelForCausalLM
 
-    if request["package"]:  # a student in its own class
+    if request["own_class"]:
         import importlib
 
         importlib.import_module("transmla")
@@ -67,14 +74,19 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
     """The log-probabilities of the likeliest words; vLLM gives none of the others for the words of a prompt."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process that outlives this one
     config = json.loads((Path(request["model"]) / "config.json").read_text(encoding="utf-8"))
-    if config.get("kv_lora_rank", 0) + config.get("qk_rope_head_dim", 0) != FAST_CPU_HEAD:
+    size = config.get("kv_lora_rank", 0) + config.get("qk_rope_head_dim", 0)
+    if size != FAST_CPU_HEAD or request["dtype"] == "float32":
         os.environ["VLLM_MLA_DISABLE"] = "1"  # read on import
     import numpy as np
     from vllm import LLM, SamplingParams
     from vllm.platforms import current_platform
 
-    rows, prompts, top = request["tokens"], request["prompts"], request["top"]
+    # A word is written after every row, so that one which fills all positions loses its last.
+    rows = [row[: config["max_position_embeddings"] - 1] for row in request["tokens"]]
+    prompts, top = request["prompts"], request["top"]
     options: dict[str, Any] = {}
+    if request["engine"] == "vllm-transformers":
+        options["model_impl"] = "transformers"
     if current_platform.is_cpu():  # its own rotary kernel is wrong on MLA's shapes
         options["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     longest = max(max(map(len, rows)) + 1, max(map(len, prompts)) + request["new_tokens"])
@@ -82,7 +94,8 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
         model=request["model"],
         dtype=request["dtype"],
         max_model_len=longest,
-        max_num_seqs=max(1, len(prompts)),
+        max_num_seqs=len(prompts),
+        kv_cache_memory_bytes=_cache_bytes(config, rows, prompts, request["new_tokens"]),
         max_logprobs=top,
         enforce_eager=True,
         enable_prefix_caching=False,  # it would skip words whose log-probabilities are asked for
@@ -106,6 +119,16 @@ def ask_vllm(request: dict[str, Any]) -> Answer:
         "greedy": np.array([list(reply.outputs[0].token_ids) for reply in replies], np.int64),
     }
     return arrays, {"mla": os.environ.get("VLLM_MLA_DISABLE") != "1"}
+
+
+def _cache_bytes(config: dict[str, Any], rows: list[list[int]], prompts: list[list[int]], new_tokens: int) -> int:
+    """Room for all that is asked at once, with keys and values expanded in float32; by itself vLLM takes nearly all the
+    memory there is."""
+    row_blocks = sum(len(row) // BLOCK + 1 for row in rows)
+    reply_blocks = sum((len(prompt) + new_tokens) // BLOCK + 1 for prompt in prompts)
+    head = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
+    token = 2 * 4 * config["num_hidden_layers"] * config["num_attention_heads"] * head
+    return token * BLOCK * (max(row_blocks, reply_blocks) + 1)
 
 
 def ask_llama_cpp(request: dict[str, Any]) -> Answer:
@@ -177,6 +200,7 @@ def quantise(request: dict[str, Any]) -> Answer:
 ASK: dict[str, Callable[[dict[str, Any]], Answer]] = {
     "transformers": ask_transformers,
     "vllm": ask_vllm,
+    "vllm-transformers": ask_vllm,
     "llama.cpp": ask_llama_cpp,
 }
 
@@ -187,10 +211,8 @@ def main(request_file: str, answer_folder: str) -> int:
     os.dup2(2, 1)  # what libraries print is for people
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     package = PACKAGES[request["engine"]]
-    try:
-        __import__(package)
-    except ImportError as error:
-        print(f"{package} cannot be imported: {error}", file=sys.stderr)
+    if (missing := _missing(package, own_class=request["own_class"])) is not None:
+        print(missing, file=sys.stderr)
         return ABSENT
     arrays, said = {"probe": lambda _: ({}, {}), "quantise": quantise, "ask": ASK[request["engine"]]}[request["do"]](
         request
@@ -202,6 +224,18 @@ def main(request_file: str, answer_folder: str) -> int:
         np.savez(Path(answer_folder) / "answer.npz", **arrays)
     (Path(answer_folder) / "answer.json").write_text(json.dumps(said), encoding="utf-8")
     return 0
+
+
+def _missing(package: str, *, own_class: bool) -> str | None:
+    """What this environment lacks: the engine, and for a student in its own class what brings that class."""
+    for name in (package, "transmla") if own_class else (package,):
+        try:
+            __import__(name)
+        except ImportError as error:
+            return f"{name} cannot be imported: {error}"
+    if own_class and package == "vllm" and not any(plugin.name == "transmla" for plugin in entry_points(group=PLUGINS)):
+        return f"no installed transmla has an entry point in {PLUGINS}"
+    return None
 
 
 def _version(package: str) -> str:

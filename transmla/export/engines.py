@@ -141,6 +141,13 @@ def _checked(cells: Sequence[dict[str, Any]]) -> str:
     return "; ".join(parts)
 
 
+def reading_of(engine: str, config: PretrainedConfig) -> Reading:
+    """How an engine reads an exported checkpoint, seen from its configuration."""
+    stock = config.model_type == "deepseek_v3"
+    features = stock_features(config, linear_norm=False) if stock else own_features(config)
+    return next(reading for reading in readings_of(features) if reading.engine == engine)
+
+
 def notes_of(features: Sequence[str], readings: Sequence[Reading]) -> tuple[str, ...]:
     """What a user has to know before serving a checkpoint, a line each: who does not read it, what the others need."""
     wrong: dict[str, list[str]] = {}

@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).with_name("engine_process.py")
 INSTALL = {
     "transformers": "pip install transformers torch",
     "vllm": "pip install vllm",
+    "vllm-transformers": "pip install vllm",
     "llama.cpp": "pip install llama-cpp-python",
 }
 
@@ -38,12 +39,12 @@ class Answers:
     said: dict[str, Any]
 
 
-def ask(engine: str, python: Path | None, key: str, **request: Any) -> Answers:
+def ask(engine: str, python: Path | None, key: str, *, own_class: bool = False, **request: Any) -> Answers:
     """What an engine answers.
 
     Args:
         python: of the environment that the engine is installed in; None: this one.
-        key: for errors.
+        key: for errors. own_class: whether the checkpoint is of a class that transmla brings.
 
     Raises:
         RecipeError: the engine, or the Python, is not there.
@@ -53,10 +54,12 @@ def ask(engine: str, python: Path | None, key: str, **request: Any) -> Answers:
     if python is not None and not (python.is_file() and os.access(python, os.X_OK)):
         raise RecipeError(key, f"--python {python} is no program that can be run; name the python of an environment")
     with temporary_folder() as folder, tempfile.TemporaryFile() as errors:
-        (folder / "request.json").write_text(json.dumps(request | {"engine": engine}), encoding="utf-8")
-        # No PYTHONPATH: the engine's environment alone, not the folder of this package.
+        (folder / "request.json").write_text(
+            json.dumps(request | {"engine": engine, "own_class": own_class}), encoding="utf-8"
+        )
+        # No PYTHONPATH: the engine's environment alone. In this one, this package is where it was imported from.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        if request.get("package"):
+        if own_class and python is None:
             environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
         command = [program, str(SCRIPT), str(folder / "request.json"), str(folder)]
         try:
@@ -69,9 +72,12 @@ def ask(engine: str, python: Path | None, key: str, **request: Any) -> Answers:
             errors.seek(0)
             reason = reason_of(done.returncode, errors.read().decode(errors="replace"))
             if done.returncode == ABSENT:
+                name, how = engine, INSTALL[engine]
+                if own_class:
+                    name, how = f"{name} with transmla", f"{how} transmla"
                 raise RecipeError(
                     key,
-                    f"{engine} is not in {program} ({reason}); install it there ({INSTALL[engine]}), or name the "
+                    f"{name} is not in {program} ({reason}); install it there ({how}), or name the "
                     "python of another environment with --python PATH",
                 )
             raise EngineError(reason)

@@ -10,11 +10,13 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PR_SET_PDEATHSIG = 1
+ERROR = re.compile(r"[\w.]+(Error|Exception)\b")  # the first line of what an exception says, below its traceback
+LONGEST = 600  # letters of a reason
 LOADERS = {"stock": "stock transformers", "student": "transformers with transmla"}
 
 
@@ -136,7 +140,10 @@ def reason_of(code: int, printed: str) -> str:
         return "the process was killed, most likely for want of memory"
     if code < 0:
         return f"the process ended with {signal.Signals(-code).name}"
-    return (printed.strip().splitlines() or ["no output"])[-1]
+    lines = printed.strip().splitlines() or ["no output"]
+    last = next((place for place in reversed(range(len(lines))) if ERROR.match(lines[place])), len(lines) - 1)
+    more = takewhile(lambda line: line.startswith(" "), lines[last + 1 :])  # what such a message says further
+    return " ".join([lines[last], *(line.strip() for line in more)])[:LONGEST]
 
 
 class _Refuse:

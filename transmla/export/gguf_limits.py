@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from transmla.export.dimensions import EPS
-from transmla.export.engines import readings_of, stock_features
+from transmla.export.engines import reading_of
 
 ENGINE = "llama.cpp"
 SERVE = "serve it with transformers or with vllm serve DIR --model-impl transformers"
@@ -18,10 +18,7 @@ def unreadable(config: PretrainedConfig) -> str | None:
             f"{ENGINE} has DeepSeek's classes, and this is a {config.model_type}; export the model as a stock "
             "checkpoint (export.format=deepseek_v3 says what hinders), or serve it with transformers"
         )
-    reading = next(
-        reading for reading in readings_of(stock_features(config, linear_norm=False)) if reading.engine == ENGINE
-    )
-    if not reading.reads:
+    if not (reading := reading_of(ENGINE, config)).reads:
         return f"{ENGINE} would not read it rightly: {'; '.join(reading.why)}; {SERVE}"
     if config.rms_norm_eps != EPS:
         return (

@@ -47,7 +47,9 @@ def verify_options() -> Options:
     """Of `transmla verify DIR`."""
     options = Options("transmla verify", description="Check a finished directory, or what an engine computes of it.")
     options.add_argument("folder", metavar="DIR", type=_path, help="output directory of a recipe, or its export")
-    options.add_argument("--engine", choices=("transformers", "vllm", "llama.cpp"), help="that reads the export")
+    options.add_argument(
+        "--engine", choices=("transformers", "vllm", "vllm-transformers", "llama.cpp"), help="that reads the export"
+    )
     options.add_argument("--python", type=_path, metavar="PATH", help="of the engine's own environment")
     options.add_argument("--gguf", type=_path, metavar="FILE", help="that llama.cpp reads")
     options.add_argument("--prompts", type=_count, default=4, metavar="N", help="how many (default: 4)")

@@ -10,27 +10,27 @@ from typing import Any
 import torch
 from gguf import GGUFReader, LlamaFileType
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from transmla.errors import RecipeError
 from transmla.export.engine_comparison import distance, distance_of_likeliest, greedy_distance, prompts_of
 from transmla.export.engine_process import greedy
+from transmla.export.engines import reading_of
 from transmla.export.engines_asked import Answers, EngineError, ask
 from transmla.export.gguf_file import KINDS, check_folder, save_gguf
 from transmla.export.reload_check import DEFAULT_TOLERANCE, MAX_KL, log_probabilities
 from transmla.files import temporary_folder
 from transmla.hardware import free_memory
 from transmla.recipe.names import share
-from transmla.run.finished_folder import Finding, digests_of, kept_recipe, kept_tokens, student_of
+from transmla.run.finished_folder import Finding, digests_of, kept_recipe, kept_text, student_of
 from transmla.sources.config import read_config
 from transmla.sources.gguf_header import check_gguf
 from transmla.sources.local_model import load_model
 
 KEY = "verify"
-ENGINES = ("transformers", "vllm", "llama.cpp")
 TOP = 256  # words that vLLM is asked for at every token
 PROMPT = 16  # tokens
-SAMPLE = 256  # tokens, of a checkpoint without its output directory
+SAMPLE = 256  # tokens, where no evaluated text is kept
 TEXT = (
     "I'd   say it's 12345 times as big,\n\n\tsaid  Zoë (the élève): «Ça va ?» 你好，世界 a你好b 🦙🦙 theHEre x==y "
     "&& z!=0\r\nShe'LL RE-read it... 3.14159 % of 2,000,000!"
@@ -39,19 +39,24 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Bound:
-    """What an engine may differ by: of a log-probability in nats, None: whatever; the mean KL in nats per token."""
+    """What an engine may differ by.
+
+    difference: of a log-probability, nats; None: whatever. kl: the mean, nats per token. tie: by how much the student
+    may prefer its own word to the one that the engine's greedy reply has instead, nats.
+    """
 
     difference: float | None
     kl: float
+    tie: float
 
 
 # By how the weights are stored, finer ones first. Quantised weights are other weights: their distance is stated, and
 # bounded where more than the format's own error must be the reason.
 BOUNDS = {
-    "float32": Bound(DEFAULT_TOLERANCE[torch.float32], 1e-5),
-    "bfloat16": Bound(DEFAULT_TOLERANCE[torch.bfloat16], MAX_KL),
-    "q8_0": Bound(None, 2e-2),
-    "q4_k_m": Bound(None, 0.5),
+    "float32": Bound(DEFAULT_TOLERANCE[torch.float32], 1e-5, 4e-3),
+    "bfloat16": Bound(DEFAULT_TOLERANCE[torch.bfloat16], MAX_KL, 0.25),
+    "q8_0": Bound(None, 2e-2, 0.5),
+    "q4_k_m": Bound(None, 0.5, 2.0),
 }
 STORED = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -62,8 +67,12 @@ class Place:
 
     exported: Path
     student: Path | None
-    tokens: Tensor
     config: PretrainedConfig
+
+    @property
+    def own_class(self) -> bool:
+        """Whether transmla brings the checkpoint's class."""
+        return self.config.model_type != "deepseek_v3"
 
 
 def check_engine(
@@ -88,29 +97,39 @@ def check_engine(
     if gguf is not None and engine != "llama.cpp":
         raise RecipeError(KEY, f"--gguf is what llama.cpp reads, {engine} reads the directory; leave it out")
     place = _place(folder)
+    if new_tokens > (room := place.config.max_position_embeddings - PROMPT):
+        raise RecipeError(
+            KEY, f"--new-tokens {new_tokens}: prompts of {PROMPT} tokens leave room for {room}; give fewer"
+        )
     if gguf is not None:
         check_gguf(gguf, KEY)
     elif engine == "llama.cpp":
         check_folder(place.exported)
-    ask(engine, python, KEY, do="probe")
+    ask(engine, python, KEY, own_class=place.own_class, do="probe")
     found = [digests_of(name, path) for name, path in _artifacts(folder, place)]
     if any(line.good is False for line in found):
         return [*found, Finding(engine, None, "not asked: files are missing or damaged")]
-    _require_memory(place)
+    if not (reading := reading_of(engine, place.config)).reads:
+        found.append(Finding("engine table", None, f"{engine} would not read it rightly: {'; '.join(reading.why)}"))
+    tokenizer = AutoTokenizer.from_pretrained(place.exported, trust_remote_code=False)
+    text = _shipped_text(tokenizer)
+    tokens = None if place.exported == folder else kept_text(folder, kept_recipe(folder))
+    if tokens is None:
+        tokens = text[None, : min(SAMPLE, place.config.max_position_embeddings)]
+    _require_memory(place, tokens.numel())
     model = load_model(place.student or place.exported, torch.float32, "cpu")
-    expected = log_probabilities(model, place.tokens)
-    asked = prompts_of(place.tokens, prompts, PROMPT)
+    expected = log_probabilities(model, tokens)
+    asked = prompts_of(text, prompts, PROMPT)
     own = greedy(model, asked, new_tokens)
     del model  # one model in memory at a time
-    tokenizer = AutoTokenizer.from_pretrained(place.exported, trust_remote_code=False)
-    texts = [TEXT, *tokenizer.batch_decode(place.tokens)]
+    texts = [TEXT, *tokenizer.batch_decode(tokens)]
     request = {
-        "tokens": place.tokens.tolist(),
+        "tokens": tokens.tolist(),
         "prompts": asked.tolist(),
         "new_tokens": new_tokens,
         "texts": texts,
         "top": min(TOP, place.config.vocab_size),
-        "package": place.config.model_type != "deepseek_v3",
+        "own_class": place.own_class,
     }
     try:
         answers, kind = _answers(engine, python, place, gguf, request)
@@ -158,22 +177,16 @@ def _place(folder: Path) -> Place:
     exported = folder / "exported"
     if exported.is_dir():
         student = folder / student_of(folder)
-        config = read_config(exported, KEY)
-        tokens = kept_tokens(folder, kept_recipe(folder), config)
-        return Place(exported, student if student.is_dir() else None, tokens, config)
+        return Place(exported, student if student.is_dir() else None, read_config(exported, KEY))
     if not (folder / "config.json").is_file():
         raise RecipeError(KEY, f"{folder} has neither an exported checkpoint nor is it one; name an output directory")
-    config = read_config(folder, KEY)
-    return Place(folder, None, _sample(folder, config), config)
+    return Place(folder, None, read_config(folder, KEY))
 
 
-def _sample(folder: Path, config: PretrainedConfig) -> Tensor:
-    """Tokens [1, L] of the shipped text that nothing is trained on."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _shipped_text(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Tokens [L] of the text that is shipped and that nothing is trained on."""
     lines = (share("data") / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    text = "\n\n".join(json.loads(line)["text"] for line in lines[:20])
-    length = min(SAMPLE, config.max_position_embeddings)
-    return torch.tensor([tokenizer(text)["input_ids"][:length]])
+    return torch.tensor(tokenizer("\n\n".join(json.loads(line)["text"] for line in lines[:20]))["input_ids"])
 
 
 def _artifacts(folder: Path, place: Place) -> list[tuple[str, Path]]:
@@ -183,7 +196,7 @@ def _artifacts(folder: Path, place: Place) -> list[tuple[str, Path]]:
     return [(path.name, path) for path in (place.exported, place.student) if path is not None]
 
 
-def _require_memory(place: Place) -> None:
+def _require_memory(place: Place, tokens: int) -> None:
     """Check that a model in float32 fits into memory.
 
     Raises:
@@ -192,7 +205,7 @@ def _require_memory(place: Place) -> None:
     source = place.student or place.exported
     stored = sum(file.stat().st_size for file in source.glob("model*.safetensors"))
     needed = stored * 4 // getattr(torch, _stored(place.config)).itemsize
-    needed += 4 * 3 * place.tokens.numel() * place.config.vocab_size
+    needed += 4 * 3 * tokens * place.config.vocab_size
     if (free := free_memory(torch.device("cpu"))) < needed:
         raise RecipeError(
             KEY,
@@ -212,12 +225,15 @@ def _compare(expected: Tensor, own: tuple[Tensor, Tensor, Tensor], answers: Answ
     words = f"{far.words:,} words at each of {far.tokens} tokens"
     detail = f"largest difference {far.difference:.2e}{limit}, KL {far.kl:.2e} (at most {bound.kl:g}); {words}"
     same = greedy_distance(*own, arrays["greedy"])
-    # Two words whose log-probabilities may each move by the bound change places where they are twice as near.
-    tie = bound.difference is None or same.gap <= 2 * bound.difference
-    parted = f"; {same.parted} replies part, where the reference prefers its word by at most {same.gap:.2e}"
+    parted = (
+        f", then {same.parted} of {len(arrays['greedy'])} replies part, where the reference prefers its word by "
+        f"{same.gap:.2e} (at most {bound.tie:g})"
+    )
     return [
         Finding("log-probabilities", near, detail),
-        Finding("greedy tokens", tie, f"{same.same} of {same.total} the same{parted * bool(same.parted)}"),
+        Finding(
+            "greedy tokens", same.gap <= bound.tie, f"{same.same} of {same.total} the same{parted * bool(same.parted)}"
+        ),
     ]
 
 

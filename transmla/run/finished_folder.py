@@ -210,10 +210,22 @@ def _scores(folder: Path, student: Path) -> str:
 
 def kept_tokens(folder: Path, recipe: Recipe, config: PretrainedConfig) -> Tensor:
     """Text that the models were evaluated on, where it is kept, else tokens by the recipe's seed: [n, L]."""
-    wanted, length = recipe.export.verify.tokens, min(recipe.export.verify.tokens, recipe.evaluate.max_length)
-    rows = max(1, wanted // length)
+    if (text := kept_text(folder, recipe)) is not None:
+        return text
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return torch.randint(config.vocab_size, _shape(recipe), generator=generator)
+
+
+def kept_text(folder: Path, recipe: Recipe) -> Tensor | None:
+    """Tokens [n, L] of text that the models were evaluated on, where it is kept."""
+    rows, length = _shape(recipe)
     file = reference_file(folder / "evaluation" / "teacher", recipe.evaluate.data[0])
     if file.is_file() and "windows" in (kept := load_file(file)):
         return kept["windows"].long()[:rows, :length]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    return torch.randint(config.vocab_size, (rows, length), generator=generator)
+    return None
+
+
+def _shape(recipe: Recipe) -> tuple[int, int]:
+    """Rows and tokens of each in the check of an export."""
+    length = min(recipe.export.verify.tokens, recipe.evaluate.max_length)
+    return max(1, recipe.export.verify.tokens // length), length

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.recipe.schema import Convert
-from transmla.rotary import Band, has_nearest, natural_bands, rope_types, stock_bands, stock_rope
+from transmla.rotary import (
+    Band,
+    embedding_frequencies,
+    has_nearest,
+    natural_bands,
+    rope_types,
+    stock_bands,
+    stock_rope,
+)
 
 MOST_RANKS = 8  # of tensor parallelism, in a plan: the cards of one host
 
@@ -58,6 +67,12 @@ class MLAGeometry:
         if self.stock_rope is None:
             return natural_bands(freqfold, self.collapse, self.qk_rope_head_dim // 2)
         return stock_bands(self.stock_rope, freqfold // self.collapse)
+
+    def channel_frequencies(self, source: Tensor) -> Tensor:
+        """Radians a position of the student's rope head, [P/2]. source: those of the source, [d/2]."""
+        if self.stock_rope is not None:
+            return embedding_frequencies(self.stock_rope["parameters"], self.qk_rope_head_dim).to(source)
+        return source[:: self.collapse][: self.qk_rope_head_dim // 2]
 
     @property
     def source_cache(self) -> int:

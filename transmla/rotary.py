@@ -98,6 +98,11 @@ def yarn_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
     return default_frequencies(base, dim) * (1 - ramp + ramp / parameters["factor"])
 
 
+def embedding_frequencies(parameters: dict[str, Any], dim: int) -> Tensor:
+    """[dim/2] radians a position of any embedding that a student has, in float64."""
+    return (yarn_frequencies if parameters["rope_type"] == "yarn" else source_frequencies)(parameters, dim)
+
+
 def context_for_fixed_betas(parameters: dict[str, Any], dim: int) -> int | None:
     """The original_max_position_embeddings with which a YaRN has its frequencies under betas of 32 and 1 too, as
     llama.cpp takes them for DeepSeek's models whatever a file says; None: there is none."""

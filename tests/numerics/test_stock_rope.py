@@ -4,12 +4,15 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.conftest import FULL, LLAMA3, settings, tiny_config, tiny_model, windows
 from tests.numerics.test_exact import difference, stock
 from transmla.convert.conversion import convert_model
 from transmla.convert.rope import decouple_rope
 from transmla.errors import RecipeError
+from transmla.families import family_of
+from transmla.families.student_config import student_config
 from transmla.geometry import derive_geometry
 from transmla.rotary import (
     Band,
@@ -204,3 +207,14 @@ def test_what_has_no_fixed_frequencies_is_refused_by_name(kind: str, why: str) -
     config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(RecipeError, match=f"^model.source: rope type '{kind}' .*{why}"):
         family_of(config).check(config)
+
+
+@pytest.mark.parametrize("rope", ["keep", "stock"])
+@pytest.mark.parametrize("parameters", [None, LLAMA3, LINEAR], ids=["unscaled", "llama3", "linear"])
+def test_channels_turn_as_the_students_embedding_does(parameters: dict | None, rope: str) -> None:
+    model = tiny_model("llama", **({"rope_parameters": parameters} if parameters else {}))
+    geometry = derive_geometry(model.config, settings(qk_rope_head_dim=8, kv_lora_rank=12, rope=rope))
+    student = student_config(model.config, geometry, family_of(model.config))
+    own = LlamaRotaryEmbedding(student).inv_freq
+    found = geometry.channel_frequencies(model.model.rotary_emb.inv_freq)
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=0)

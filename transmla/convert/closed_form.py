@@ -72,7 +72,7 @@ def closed_form_weights(
     # The bias of a key without rotation adds the same number to every logit of a query: softmax does not see it.
     k_nope = rope.k_nope[..., :-1]
     if geometry.folded_biases:
-        channels = frequencies[:: geometry.collapse][: geometry.qk_rope_head_dim // 2]
+        channels = geometry.channel_frequencies(frequencies)
         queries = statistics.logit_cost[:, None, None] * (rope.q_rope @ query_moment @ rope.q_rope.mT)
         rope = replace(rope, k_rope=fold_rotating_keys(rope.k_rope, queries, channels, statistics))
     moment = rope.q_nope @ query_moment @ rope.q_nope.mT  # [H, d, d]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transmla.recipe.compose import load_recipe
-from transmla.recipe.schema import Convert, Recipe
+from transmla.recipe.schema import Recipe
 
 CONVERTED = ("device=cpu", "recover=[]", "export.dtype=float32")  # an export, and no training
 TINY = ("convert.qk_rope_head_dim=16",)  # 16 + 16: vLLM's attention on a CPU takes no head of 24
@@ -20,18 +20,15 @@ LLAMA3 = (
 @dataclass(frozen=True)
 class Row:
     """recipe, words: what is exported. weights: the environment variable that names a directory with the source's real
-    weights; None: they are random. needs: a key of `convert`, without which there is no such row."""
+    weights; None: they are random."""
 
     recipe: str
     words: tuple[str, ...]
     weights: str | None = None
-    needs: str | None = None
 
     @property
     def missing(self) -> str | None:
         """Why the row cannot be exported here."""
-        if self.needs is not None and self.needs not in Convert.model_fields:
-            return f"there is no convert.{self.needs}"
         if self.weights is not None and not Path(os.environ.get(self.weights, "")).joinpath("config.json").is_file():
             return f"{self.weights} names a directory with the model"
         return None
@@ -66,11 +63,10 @@ QWEN = (
 ROWS = {
     "SmolLM2-135M, compact": Row("smollm2_135m", (), "TRANSMLA_SMOLLM2"),
     "SmolLM2-135M, padded": Row("smollm2_135m", ("export.layout=padded",), "TRANSMLA_SMOLLM2"),
-    "Qwen2.5-Coder-0.5B": Row("qwen0.5b_r1", QWEN, "TRANSMLA_QWEN05"),
-    "Qwen2.5-Coder-0.5B, biases folded": Row(
-        "qwen0.5b_r1", (*QWEN, "convert.biases=fold"), "TRANSMLA_QWEN05", needs="biases"
-    ),
+    "Qwen2.5-Coder-0.5B": Row("qwen0.5b_r1", (*QWEN, "convert.biases=keep"), "TRANSMLA_QWEN05"),
+    "Qwen2.5-Coder-0.5B, biases folded": Row("qwen0.5b_r1", (*QWEN, "convert.biases=fold"), "TRANSMLA_QWEN05"),
     "llama3 rope, tiny": Row("debug", (*TINY, f"model.config.rope_parameters={LLAMA3}")),
+    "llama3 rope as stock, tiny": Row("debug", (*TINY, f"model.config.rope_parameters={LLAMA3}", "convert.rope=stock")),
     "Mixtral, tiny": Row(
         "debug",
         (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from transmla.convert.rope import decouple_rope, mean_rotation, to_complex, to_real
-from transmla.rotary import natural_bands
+from transmla.geometry.rotary import natural_bands
 
 HEADS, GROUPS, DIM, INPUT = 4, 2, 16, 24
 FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)

@@ -14,7 +14,7 @@ from transmla.errors import RecipeError
 from transmla.families import family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import derive_geometry
-from transmla.rotary import (
+from transmla.geometry.rotary import (
     Band,
     context_for_fixed_betas,
     default_frequencies,

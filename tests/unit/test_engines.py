@@ -14,13 +14,13 @@ from transmla.export.engines import engine_table, notes_of, own_features, readin
 from transmla.families import FAMILIES, family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import derive_geometry
+from transmla.geometry.rotary import rope_types
 from transmla.plan.checks import prepare
 from transmla.plan.conversion_checks import check_conversion
 from transmla.plan.dry_run import render_plan
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import recipe_names, share
 from transmla.recipe.schema import ENGINES
-from transmla.rotary import rope_types
 
 TABLE = engine_table()
 CELLS = [(feature, engine) for feature in TABLE["features"] for engine in TABLE["engines"]]

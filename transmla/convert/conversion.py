@@ -22,9 +22,9 @@ from transmla.families import Family, SourceAttention, family_of
 from transmla.families.family import SourceModule
 from transmla.families.student_config import build_student, student_config
 from transmla.geometry import MLAGeometry, derive_geometry
+from transmla.geometry.rotary import describe_stock_rope
 from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
-from transmla.rotary import describe_stock_rope
 
 SOLVED_TOGETHER = 4  # layers, on a GPU
 

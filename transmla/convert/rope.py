@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from transmla.rotary import Band
+from transmla.geometry.rotary import Band
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, 
 from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
 from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
 from transmla.export.latent_blocks import whole_up_projection
-from transmla.rotary import logit_factor
+from transmla.geometry.rotary import logit_factor
 
 # What writes into the residual stream: scaled where the source's eps is another than the format's.
 RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.export.dimensions import EPS, PADDED
+from transmla.geometry.rotary import context_for_fixed_betas, rope_types
 from transmla.modeling.config_facts import shortest_sliding_window
-from transmla.rotary import context_for_fixed_betas, rope_types
 
 TABLE = Path(__file__).with_name("engine_table.yaml")
 

@@ -24,8 +24,8 @@ from transmla.export.gguf_tensors import entries, numbers
 from transmla.export.gguf_tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 from transmla.export.k_quants import find_quantiser
 from transmla.files import PARTIAL, scratch_folder
+from transmla.geometry.rotary import context_for_fixed_betas
 from transmla.hardware import require_disk
-from transmla.rotary import context_for_fixed_betas
 from transmla.sources.config import read_config
 from transmla.sources.weights import check_weights, read_headers
 

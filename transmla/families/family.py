@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
-from transmla.rotary import SCALED, rope_types
+from transmla.geometry.rotary import SCALED, rope_types
 
 # Why a scaled rotary embedding is carried over neither as it is nor as a stock one.
 UNSUPPORTED = {

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from transmla.geometry import MLAGeometry
+from transmla.geometry.rotary import describe_stock_rope
 from transmla.plan.data_checks import unseen_files
 from transmla.plan.device_memory import describe_parts, misfit, stage_parts
 from transmla.plan.disk import bytes_on_disk, cache_bytes, cache_of_text
@@ -18,7 +19,6 @@ from transmla.plan.streaming_choice import Streaming
 from transmla.recipe.budget import steps_of
 from transmla.recipe.schema import Convert, Recipe
 from transmla.recipe.stages import AnyStage
-from transmla.rotary import describe_stock_rope
 
 if TYPE_CHECKING:
     from transmla.plan.checks import Prepared

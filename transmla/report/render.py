@@ -8,6 +8,7 @@ from typing import Any
 
 from transmla.files import save_whole
 from transmla.geometry import MLAGeometry
+from transmla.geometry.rotary import describe_stock_rope
 from transmla.measure.tasks import Answers
 from transmla.recipe.schema import Recipe
 from transmla.report.collect import collect
@@ -23,7 +24,6 @@ from transmla.report.tables import (
     task_tables,
     threshold_table,
 )
-from transmla.rotary import describe_stock_rope
 
 
 def render(report: dict[str, Any]) -> str:

@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.recipe.schema import Convert
-from transmla.rotary import (
+from transmla.geometry.rotary import (
     Band,
     embedding_frequencies,
     has_nearest,
@@ -19,6 +18,7 @@ from transmla.rotary import (
     stock_bands,
     stock_rope,
 )
+from transmla.recipe.schema import Convert
 
 MOST_RANKS = 8  # of tensor parallelism, in a plan: the cards of one host
 
@@ -32,7 +32,7 @@ class MLAGeometry:
     source's own with the natural collapse d / P. freqfold: one for all layers, or one a layer. latent_heads: latents
     that `kv_lora_rank` is cut into, each for its share of the heads. tied: a head's value is its latent, the key
     without rotation the latent's first half. stock_rope: where the student's embedding is not the source's but the
-    nearest stock one, what `transmla.rotary.stock_rope` says of it.
+    nearest stock one, what `rotary.stock_rope` says of it.
     """
 
     hidden_size: int
@@ -126,27 +126,12 @@ def head_dimension(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def derive_geometry(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None = None) -> MLAGeometry:
-    """Derive and check every dimension.
-
-    Args:
-        config: configuration of the source model.
-        convert: the recipe's section.
-        freqfold: one a layer, found by a search.
+def derive_with(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None) -> MLAGeometry:
+    """The geometry of settings in which nothing is `auto`.
 
     Raises:
-        RecipeError: a rank above what the model has, a rope dimension that is odd or above the head dimension, a
-            collapse whose channels the head does not have, a freqfold that collapse does not divide, latents that
-            heads or rank cannot be shared among.
-
-    What is still `auto` gets a provisional value: the first of `candidates`, and one channel a band.
+        RecipeError: they do not fit the model.
     """
-    if "auto" in (convert.qk_rope_head_dim, convert.kv_lora_rank, convert.collapse):
-        convert = candidates(config, convert)[0]
-    return _derive(config, convert, freqfold)
-
-
-def _derive(config: PretrainedConfig, convert: Convert, freqfold: tuple[int, ...] | None) -> MLAGeometry:
     hidden, heads = config.hidden_size, config.num_attention_heads
     groups, head_dim = config.num_key_value_heads or heads, head_dimension(config)
     rope, latent = convert.qk_rope_head_dim, convert.kv_lora_rank
@@ -261,43 +246,3 @@ def full_rank(config: PretrainedConfig, latents: int = 1) -> int:
     """The rank of a source's keys and values together, n·min(2·G·d/n, D) in n latents: that many lose nothing."""
     groups = config.num_key_value_heads or config.num_attention_heads
     return latents * min(2 * groups * head_dimension(config) // latents, config.hidden_size)
-
-
-def candidates(config: PretrainedConfig, convert: Convert) -> list[Convert]:
-    """All settings with dimensions and collapse filled in where they are `auto`, as far as the source allows them.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    dim, values = head_dimension(config), convert.cached_values
-    rope, latent = convert.qk_rope_head_dim, convert.kv_lora_rank
-    if rope != "auto":
-        ropes = [rope]
-    elif latent != "auto":
-        assert values is not None, "a recipe with one of them auto gives their sum"
-        ropes = [values - latent]
-    else:
-        ropes = [n for n in range(min(8, dim), dim + 1, 2) if dim % n == 0]
-    found, reason = [], None
-    for rope in sorted(ropes, key=lambda n: abs(n - dim // 2)):
-        if latent == "auto":
-            assert values is not None, "a recipe with one of them auto gives their sum"
-            rank = values - rope
-        else:
-            rank = latent
-        most = max(1, dim // rope) if rope > 0 else 1
-        for collapse in range(most, max(0, most - 3), -1) if convert.collapse == "auto" else [convert.collapse]:
-            option = convert.model_copy(update={"qk_rope_head_dim": rope, "kv_lora_rank": rank, "collapse": collapse})
-            try:
-                if rope < 2 or rank < 1:
-                    raise RecipeError(
-                        "convert.cached_values", f"{values} is too little for rope {rope} + latent {rank}"
-                    )
-                _derive(config, option, None)
-            except RecipeError as error:
-                reason = reason or error
-            else:
-                found.append(option)
-    if not found:
-        raise reason if reason is not None else RecipeError("convert.cached_values", f"{values} fits no rope head")
-    return found

@@ -156,10 +156,11 @@ def stock_rope(config: PretrainedConfig, head_dim: int, collapse: int, rope: int
 
 def describe_stock_rope(found: dict[str, Any]) -> str:
     """One sentence on what `stock_rope` returns, for a plan and a report."""
-    bands = len(found["bands"])
+    bands, exact = len(found["bands"]), found["exact"]
     more = sum(len(channels) for _, _, channels in found["bands"]) - bands
-    error = f"{bands - found['exact']} within {100 * found['largest_error']:.0f} %" if bands > found["exact"] else ""
-    parts = [f"{found['exact']} channels turn exactly as frequencies of the source do", error]
+    error = f"{bands - exact} within {100 * found['largest_error']:.0f} %" if bands > exact else ""
+    turn = "1 channel turns" if exact == 1 else f"{exact} channels turn"
+    parts = [f"{turn} exactly as frequencies of the source do", error]
     parts += [f"{more} share those of a neighbour" if more else "", f"{found['idle']} idle" if found["idle"] else ""]
     return f"{found['parameters']['rope_type']}: {', '.join(part for part in parts if part)}"
 

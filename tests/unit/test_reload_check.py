@@ -9,6 +9,8 @@ import torch
 
 from transmla.errors import RecipeError
 from transmla.export import fresh_process
+from transmla.export.engine_process import normalised as numpy_normalised
+from transmla.export.fresh_process import normalised
 from transmla.export.reload_check import check_reload
 from transmla.plan.checks import prepare
 from transmla.recipe.compose import load_recipe
@@ -55,3 +57,12 @@ def test_a_machine_without_the_memory_is_refused_early(monkeypatch: pytest.Monke
     with pytest.raises(RecipeError, match="export.verify: the check of the export takes .* GiB of memory"):
         prepare(load_recipe("debug", words))
     prepare(load_recipe("debug", [*words, "dry_run=true"]))  # a plan may be made on another machine
+
+
+def test_many_words_are_summed_in_float64() -> None:
+    """A float32 sum over the words of a large vocabulary is wrong by more than what two programs differ by."""
+    logits = 4.0 * torch.randn(2, 3, 151_936, generator=torch.Generator().manual_seed(0))
+    wrong, found = (scores.double().exp().sum(-1) - 1.0 for scores in (logits.log_softmax(-1), normalised(logits)))
+    assert wrong.abs().max() > 5e-6 and found.abs().max() < 2e-6
+    other = numpy_normalised(logits[0].numpy())
+    torch.testing.assert_close(torch.from_numpy(other), normalised(logits)[0], rtol=0, atol=2e-5)

@@ -54,8 +54,17 @@ def greedy(model: Any, prompts: Any, count: int, keep: int = 64) -> tuple[Any, A
     return tokens, torch.stack([top.indices for top in likeliest], 1), torch.stack([top.values for top in likeliest], 1)
 
 
+def normalised(logits: Any) -> Any:
+    """Log-probabilities [L, V] of logits in float32, summed in float64, as the student's are (fresh_process.py)."""
+    import numpy as np
+
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits, dtype=np.float64).sum(-1, keepdims=True)).astype(np.float32)
+
+
 def ask_transformers(request: dict[str, Any]) -> Answer:
     """Every word's log-probability, products in float32."""
+    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -65,9 +74,9 @@ def ask_transformers(request: dict[str, Any]) -> Answer:
         importlib.import_module("transmla")
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
-        rows = [model(torch.tensor([row])).logits.float().log_softmax(-1) for row in request["tokens"]]
+        rows = [normalised(model(torch.tensor([row])).logits[0].float().numpy()) for row in request["tokens"]]
     taken = greedy(model, torch.tensor(request["prompts"]), request["new_tokens"])[0]
-    return {"scores": torch.cat(rows).numpy(), "greedy": taken.numpy()}, {"class": type(model).__module__}
+    return {"scores": np.stack(rows), "greedy": taken.numpy()}, {"class": type(model).__module__}
 
 
 def ask_vllm(request: dict[str, Any]) -> Answer:
@@ -166,9 +175,7 @@ def ask_llama_cpp(request: dict[str, Any]) -> Answer:
     scores = []
     for row in rows:
         engine.reset()
-        logits = read(row)
-        logits = logits - logits.max(-1, keepdims=True)
-        scores.append(logits - np.log(np.exp(logits, dtype=np.float64).sum(-1, keepdims=True)).astype(np.float32))
+        scores.append(normalised(read(row)))
     taken = []
     for prompt in prompts:
         engine.reset()

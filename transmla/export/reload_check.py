@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
-from transmla.export.fresh_process import score_in_fresh_process
+from transmla.export.fresh_process import normalised, score_in_fresh_process
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
@@ -31,7 +31,7 @@ def memory_of_check(section: Verify, parameters: int, config: PretrainedConfig, 
 def log_probabilities(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     """[n, L] -> [n, L, V] in float32, row by row, on the CPU."""
     device = "cpu" if student.device.type == "meta" else student.device  # weights that are read by module
-    rows = [student(row[None].to(device)).logits.float().log_softmax(-1).cpu() for row in tokens]
+    rows = [normalised(student(row[None].to(device)).logits).cpu() for row in tokens]
     return torch.cat(rows)
 
 

@@ -8,7 +8,6 @@ from transmla.geometry.rotary import natural_bands
 
 HEADS, GROUPS, DIM, INPUT = 4, 2, 16, 24
 FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
-ALL = dict(bands=natural_bands(1, 1, DIM // 2), channels=DIM // 2)
 
 
 def rotate(vector: torch.Tensor, position: int, frequencies: torch.Tensor) -> torch.Tensor:
@@ -27,6 +26,13 @@ def maps(groups: int = GROUPS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return query, key, root @ root.T, x
 
 
+def decoupled(*maps: torch.Tensor, freqfold: int = 1, collapse: int = 1, **options: object):
+    """`decouple_rope` with every channel that the collapse leaves, and no distance unless one is given."""
+    channels = DIM // 2 // collapse
+    bands = natural_bands(freqfold, collapse, channels)
+    return decouple_rope(*maps, FREQUENCIES, bands=bands, channels=channels, **({"distance": None} | options))
+
+
 def test_complex_form_is_rope() -> None:
     """Re sum conj(q) k exp(-i Δ w) is the dot product of the rotated vectors."""
     q, k = torch.randn(2, DIM, 1, dtype=torch.float64)
@@ -40,7 +46,7 @@ def test_complex_form_is_rope() -> None:
 @pytest.mark.parametrize("t,s", [(0, 0), (7, 2), (63, 5)])
 def test_exact_with_one_key_head(t: int, s: int) -> None:
     query, key, moment, x = maps(groups=1)
-    rope = decouple_rope(query, key, moment, FREQUENCIES, **ALL, distance=None)
+    rope = decoupled(query, key, moment)
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[0] @ x[1], s, FREQUENCIES)
         got = rotate(rope.q_rope[head] @ x[0], t, FREQUENCIES) @ rotate(rope.k_rope @ x[1], s, FREQUENCIES)
@@ -52,16 +58,7 @@ def test_exact_with_one_key_head(t: int, s: int) -> None:
 def test_nothing_is_lost_but_rotations(mixing: str) -> None:
     """Kept and remaining parts, both given the true rotation, add up to the source's logit."""
     query, key, moment, x = maps()
-    rope = decouple_rope(
-        query,
-        key,
-        moment,
-        FREQUENCIES,
-        bands=natural_bands(1, 1, DIM // 2),
-        channels=DIM // 2,
-        distance=None,
-        mixing=mixing,
-    )
+    rope = decoupled(query, key, moment, mixing=mixing)
     t, s = 11, 3
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
@@ -76,16 +73,7 @@ def test_bands_keep_the_frequencies_of_a_stock_rope(freqfold: int, collapse: int
     """At distance zero no rotation matters: the parts add up exactly, and the rope head has d / collapse
     coordinates."""
     query, key, moment, x = maps()
-    channels = DIM // 2 // collapse
-    rope = decouple_rope(
-        query,
-        key,
-        moment,
-        FREQUENCIES,
-        bands=natural_bands(freqfold, collapse, channels),
-        channels=channels,
-        distance=None,
-    )
+    rope = decoupled(query, key, moment, freqfold=freqfold, collapse=collapse)
     assert rope.k_rope.shape == (DIM // collapse, INPUT)
     for head in range(HEADS):
         expected = (query[head] @ x[0]) @ (key[head // 2] @ x[1])
@@ -99,16 +87,7 @@ def test_complex_mixing_keeps_at_least_the_energy_of_real_mixing() -> None:
     query, key, moment, _ = maps()
     energy = {}
     for mixing in ("complex", "real"):
-        rope = decouple_rope(
-            query,
-            key,
-            moment,
-            FREQUENCIES,
-            bands=natural_bands(2, 2, DIM // 4),
-            channels=DIM // 4,
-            distance=None,
-            mixing=mixing,
-        )
+        rope = decoupled(query, key, moment, freqfold=2, collapse=2, mixing=mixing)
         energy[mixing] = torch.einsum("px,xy,py->", rope.k_rope, moment, rope.k_rope)
     assert energy["complex"] > energy["real"] * 1.01
 
@@ -122,7 +101,7 @@ def test_mean_rotation_and_its_sign() -> None:
         torch.polar(torch.ones(DIM // 2, dtype=torch.float64), -3 * FREQUENCIES),
     )
     query, key, moment, x = maps()
-    rope = decouple_rope(query, key, moment, FREQUENCIES, **ALL, distance=distance)
+    rope = decoupled(query, key, moment, distance=distance)
     t, s = 20, 17
     for head in range(HEADS):
         expected = rotate(query[head] @ x[0], t, FREQUENCIES) @ rotate(key[head // 2] @ x[1], s, FREQUENCIES)

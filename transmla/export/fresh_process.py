@@ -56,13 +56,10 @@ def score(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False)
 
 
 def normalised(logits: Tensor) -> Tensor:
-    """Log-probabilities [..., V] in float32, summed in float64: of 150,000 words a sum in float32 is wrong
-    by up to some 3e-5, which is more than what two programs differ by."""
-    import torch
-
+    """Log-probabilities [..., V] in float32. `log_softmax` sums 150,000 words with an error of up to some 3e-5, which is
+    more than what two programs differ by; `logsumexp` adds in another order and is within 1e-6."""
     logits = logits.float()
-    sums = [position.double().logsumexp(-1) for position in logits.flatten(0, -2)]  # one by one: no copy of all
-    return logits - torch.stack(sums).view(*logits.shape[:-1], 1).float()
+    return logits - logits.logsumexp(-1, keepdim=True)
 
 
 def model_on_disk(folder: Path, **options: Any) -> PreTrainedModel:

@@ -55,7 +55,7 @@ def greedy(model: Any, prompts: Any, count: int, keep: int = 64) -> tuple[Any, A
 
 
 def normalised(logits: Any) -> Any:
-    """Log-probabilities [L, V] of logits in float32, summed in float64; `normalised` of fresh_process.py is its twin in PyTorch."""
+    """Log-probabilities [L, V] of logits in float32, summed in float64; fresh_process.py has its twin in PyTorch."""
     import numpy as np
 
     logits = logits - logits.max(-1, keepdims=True)

@@ -56,8 +56,8 @@ def score(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False)
 
 
 def normalised(logits: Tensor) -> Tensor:
-    """Log-probabilities [..., V] in float32. `log_softmax` sums 150,000 words with an error of up to some 3e-5, which is
-    more than what two programs differ by; `logsumexp` adds in another order and is within 1e-6."""
+    """Log-probabilities [..., V] in float32. `log_softmax` sums 150,000 words with an error of up to some 3e-5, more
+    than what two programs differ by; `logsumexp` adds in another order and is within 1e-6."""
     logits = logits.float()
     return logits - logits.logsumexp(-1, keepdim=True)
 

@@ -14,6 +14,11 @@ from transmla.run.fingerprints import Fingerprints
 from transmla.sources.hub_commits import commit_of
 from transmla.sources.random_model import make_random_model
 
+# What the digest of a conversion has been made of since there is one.
+FIRST_GEOMETRY = """hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim qk_nope_head_dim
+    qk_rope_head_dim v_head_dim kv_lora_rank q_lora_rank freqfold collapse latent_norm"""
+FIRST_CONVERT = """method qk_rope_head_dim kv_lora_rank cached_values q_lora_rank freqfold collapse mixing mean_rotation
+    weighting kv_balance refit drift latent_norm calibration"""
 DISTILL = "recover.1.trainer.packing_strategy=wrapped"
 
 
@@ -143,3 +148,14 @@ def test_one_latent_is_what_it_was(tmp_path, monkeypatch) -> None:
     assert len({plain, *(stage(tmp_path, *words) for words in others)}) == 3
     monkeypatch.setattr("transmla.run.fingerprints.LATER", ())
     assert stage(tmp_path) != plain
+
+
+def test_no_key_that_came_later_is_an_input_at_its_default(tmp_path, monkeypatch) -> None:
+    """A key of `convert` or a field of the geometry that is new belongs into LATER: else every conversion is made
+    again."""
+    given = []
+    monkeypatch.setattr("transmla.run.fingerprints.fingerprint", lambda inputs: given.append(inputs) or "digest")
+    stage(tmp_path)
+    found = next(inputs for inputs in given if isinstance(inputs, dict) and "geometry" in inputs)
+    assert set(found["geometry"]) == set(FIRST_GEOMETRY.split())
+    assert set(found["convert"]) == set(FIRST_CONVERT.split())

@@ -45,7 +45,14 @@ COSMETIC = (
 )
 
 # Keys that came later, with what they are where nobody names them: what was made before is still good.
-LATER = (("latent_heads", 1), ("tied", False), ("biases", "keep"), ("rope", "keep"), ("stock_rope", None))
+LATER = (
+    ("latent_heads", 1),
+    ("tied", False),
+    ("biases", "keep"),
+    ("folded_biases", False),
+    ("rope", "keep"),
+    ("stock_rope", None),
+)
 LATER_OF_A_STAGE = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
 
 COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it

@@ -41,12 +41,28 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
     yield
 
 
+class InThisProcess:
+    """In place of the fresh process of a reload check."""
+
+    def __init__(self, folder: Path, *, stock: bool) -> None:
+        self.folder, self.stock = folder, stock
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def score(self, tokens: torch.Tensor, *, by_module: bool = False) -> torch.Tensor:
+        return score(self.folder, tokens, stock=self.stock, by_module=by_module)
+
+
 @contextmanager
 def quickly():
     """Recipes without figures, and the reload check without a fresh process; tests/recipes/test_debug.py has both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transmla.report.render.plot_figures", lambda *args: None)
-        patch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
+        patch.setattr("transmla.export.reload_check.FreshProcess", InThisProcess)
+        patch.setattr("transmla.run.export.FreshProcess", InThisProcess)
         yield
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.conftest import InThisProcess
 from transmla.converter import main, method_keys, parser, recipe_tree
-from transmla.export.fresh_process import score
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.names import PACKAGE
 from transmla.recipe.validation import validate_recipe
@@ -134,7 +134,7 @@ def test_the_stock_checkpoint_is_the_student(model: str, tmp_path, capsys) -> No
 
 
 def test_float16(model: str, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.export.reload_check.score_in_fresh_process", score)
+    monkeypatch.setattr("transmla.export.reload_check.FreshProcess", InThisProcess)
     half = [*SMALL, "--dtype", "fp16"]
     assert main(["--model-path", model, "--save-path", str(tmp_path / "no"), *half, "--deepseek-style"]) == 2
     assert "error: --dtype: float16 cannot hold the linear latent norm" in capsys.readouterr().err

@@ -122,13 +122,15 @@ def test_packed_equals_unpacked_loss(kind: str, tmp_path) -> None:
     assert sums[False][0] == pytest.approx(sums[True][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["layerwise", "distill"])
-def test_stopped_and_resumed_equals_straight(kind: str, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("layerwise", {}), ("distill", {}), ("distill", {"muon_learning_rate": 1.5})]
+)
+def test_stopped_and_resumed_equals_straight(kind: str, stage: dict, tmp_path) -> None:
     """Bitwise: losses and weights of eight steps, and of five, a kill, and the rest."""
-    straight = make_trainer(kind, tmp_path / "straight", steps=8, save_steps=4)
+    straight = make_trainer(kind, tmp_path / "straight", steps=8, save_steps=4, stage=stage)
     run_stage(straight, torch.float32)
 
-    stopped = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4)
+    stopped = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4, stage=stage)
 
     class Killed(BaseException):
         pass
@@ -143,7 +145,7 @@ def test_stopped_and_resumed_equals_straight(kind: str, tmp_path) -> None:
     stopped.add_callback(Kill())
     with pytest.raises(Killed):
         stopped.train()
-    resumed = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4)
+    resumed = make_trainer(kind, tmp_path / "stopped", steps=8, save_steps=4, stage=stage)
     result = run_stage(resumed, torch.float32, last_checkpoint(tmp_path / "stopped"))
     assert result["resumed_from"].endswith("checkpoint-4")
     assert losses(resumed) == losses(straight)

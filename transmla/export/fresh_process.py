@@ -43,8 +43,7 @@ def score(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False)
     import torch
     from transformers import AutoModelForCausalLM
 
-    if not stock:
-        importlib.import_module("transmla")
+    load_classes(stock=stock)
     if by_module:
         model = model_on_disk(folder)
     else:
@@ -53,6 +52,13 @@ def score(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False)
         assert type(model).__module__.startswith("transformers."), f"not a stock class: {type(model)}"
     with torch.no_grad():
         return torch.cat([normalised(model(row[None]).logits) for row in tokens])
+
+
+def load_classes(*, stock: bool) -> None:
+    """Import what models are loaded by."""
+    importlib.import_module("transformers.modeling_utils")
+    if not stock:
+        importlib.import_module("transmla")
 
 
 def normalised(logits: Tensor) -> Tensor:
@@ -109,36 +115,53 @@ class _StoredTensors(Mapping[str, "Tensor"]):
         return len(self.names)
 
 
-def score_in_fresh_process(folder: Path, tokens: Tensor, *, stock: bool, by_module: bool = False) -> Tensor:
-    """`score` where importing `transmla` fails, or, for a checkpoint that is not stock, where it does not.
+class FreshProcess:
+    """A process in which importing `transmla` fails, or, for a checkpoint that is not stock, does not. It imports what
+    it needs as soon as it is made, which takes seconds that its maker has other uses for, and loads the checkpoint when
+    it is asked for scores.
 
-    Raises:
-        RuntimeError: the checkpoint does not load there; the message ends with the reason, on one line.
+    Args:
+        folder: of the checkpoint; it need not be there yet.
+        stock: whether it must load without this package.
     """
-    import torch
 
-    # -P and no PYTHONPATH: neither the current directory nor this file's is searched for modules.
-    kind = "stock" if stock else "student"
-    command = [
-        sys.executable,
-        "-P",
-        str(Path(__file__).resolve()),
-        str(folder),
-        kind,
-        *(["by_module"] if by_module else []),
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if not stock:  # the package that wrote the checkpoint, not another one that may be installed
-        environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    with tempfile.TemporaryFile() as errors:  # without a name: it is gone with this process
-        given = json.dumps(tokens.tolist()).encode()
-        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=errors, env=environment)
-        if done.returncode:
-            errors.seek(0)
-            reason = reason_of(done.returncode, errors.read().decode(errors="replace"))
-            raise RuntimeError(f"{LOADERS[kind]} cannot load {folder}: {reason}")
-    shape, _, scores = done.stdout.partition(b"\n")
-    return torch.frombuffer(bytearray(scores), dtype=torch.float32).view(json.loads(shape))
+    def __init__(self, folder: Path, *, stock: bool) -> None:
+        # -P and no PYTHONPATH: neither the current directory nor this file's is searched for modules.
+        self.folder, self.kind = folder, "stock" if stock else "student"
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), str(folder), self.kind]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        if not stock:  # the package that wrote the checkpoint, not another one that may be installed
+            environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+        # Without a name: it is gone with this process.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # __exit__ closes it
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, env=environment)
+
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+        self._errors.close()
+
+    def score(self, tokens: Tensor, *, by_module: bool = False) -> Tensor:
+        """`score` there, once.
+
+        Raises:
+            RuntimeError: the checkpoint does not load; the message ends with the reason, on one line.
+        """
+        import torch
+
+        given = json.dumps({"tokens": tokens.tolist(), "by_module": by_module}).encode()
+        printed, _ = self._process.communicate(given)
+        if self._process.returncode:
+            self._errors.seek(0)
+            reason = reason_of(self._process.returncode, self._errors.read().decode(errors="replace"))
+            raise RuntimeError(f"{LOADERS[self.kind]} cannot load {self.folder}: {reason}")
+        shape, _, scores = printed.partition(b"\n")
+        return torch.frombuffer(bytearray(scores), dtype=torch.float32).view(json.loads(shape))
 
 
 def reason_of(code: int, printed: str) -> str:
@@ -162,8 +185,9 @@ class _Refuse:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden from the reload check)")
 
 
-def main(folder: str, kind: str, how: str = "whole") -> None:
-    """Tokens as JSON on standard input; on standard output a line with the shape of the scores, then their bytes."""
+def main(folder: str, kind: str) -> None:
+    """Tokens and how to load as JSON on standard input; on standard output a line with the shape of the scores, then
+    their bytes."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the scores of a killed run
     out: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no score
@@ -171,9 +195,9 @@ def main(folder: str, kind: str, how: str = "whole") -> None:
         sys.meta_path.insert(0, _Refuse)
     import torch
 
-    scores = score(
-        Path(folder), torch.tensor(json.load(sys.stdin)), stock=kind == "stock", by_module=how == "by_module"
-    )
+    load_classes(stock=kind == "stock")
+    given = json.load(sys.stdin)
+    scores = score(Path(folder), torch.tensor(given["tokens"]), stock=kind == "stock", by_module=given["by_module"])
     out.write(json.dumps(scores.shape).encode() + b"\n")
     for row in scores:  # row by row: bytes of all of them would be a second copy
         out.write(row.contiguous().numpy().tobytes())

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
-from transmla.export.fresh_process import normalised, score_in_fresh_process
+from transmla.export.fresh_process import FreshProcess, normalised
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
@@ -44,6 +44,7 @@ def check_reload(
     *,
     stock: bool = True,
     by_module: bool = False,
+    fresh: FreshProcess | None = None,
 ) -> float:
     """Score tokens with the exported model in a fresh process and compare.
 
@@ -51,6 +52,7 @@ def check_reload(
         expected: log-probabilities of the student in float32, [n, L, V].
         dtype: what the weights are stored in; decides the tolerance where the recipe names none.
         stock: whether it must load without this package. by_module: whether weights are read when they are needed.
+        fresh: a process that was started before, of this folder; None: it is started here.
 
     Returns:
         The largest difference.
@@ -60,7 +62,8 @@ def check_reload(
     """
     tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
     try:
-        scores = score_in_fresh_process(folder, tokens, stock=stock, by_module=by_module)
+        with fresh or FreshProcess(folder, stock=stock) as process:
+            scores = process.score(tokens, by_module=by_module)
     except (OSError, RuntimeError) as error:  # no process, no memory, no checkpoint that loads
         raise RecipeError("export.verify", f"{error}; nothing was published") from None
     difference = float((scores - expected).abs().max())

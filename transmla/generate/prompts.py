@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from transmla.data.documents import documents
+from transmla.data.documents import documents, token_ids
 from transmla.data.loading import load_many
 from transmla.errors import RecipeError
 from transmla.generate.checkers import accepts
@@ -127,7 +127,7 @@ class TextPrompts:
         if "text" in self.data.column_names:  # books are long: their first words alone would be few
             generator = torch.Generator().manual_seed(batch_seed(self.seed, f"prefixes of {self.entry.name}", batch))
             unlike = sorted(set(wanted))  # a few long texts are asked for again and again
-            texts = dict(zip(unlike, self.data.select(unlike)["text"], strict=True))
+            texts = dict(zip(unlike, self.data.select(unlike)["text"][:], strict=True))
             pieces = [piece(texts[row], CHARACTERS * self.entry.prefix_tokens, generator) for row in wanted]
             found = self._first_tokens(pieces)
         else:
@@ -151,7 +151,7 @@ class TextPrompts:
         return found
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return list(documents(Dataset.from_dict({"text": texts}), self.tokenizer))
+        return token_ids(texts, self.tokenizer)
 
 
 def _after_a_word(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -61,6 +61,11 @@ def check_launch(recipe: Recipe, device: str, dtype_name: str) -> None:
                 f"{key}.trainer.optim",
                 f"{optimizer} reads whole matrices, and {way} has them in pieces; use one of {', '.join(ELEMENTWISE)}",
             )
+        if isinstance(stage, TrainerStage) and stage.muon_learning_rate is not None:
+            raise RecipeError(
+                f"{key}.muon_learning_rate",
+                f"Muon reads whole matrices, and {way} has them in pieces; leave it out, or start with ddp.yaml",
+            )
         if isinstance(stage, Distill) and stage.keep_teacher:
             raise RecipeError(f"{key}.keep_teacher", f"it is for one process with whole models, not {way}; use false")
         if isinstance(stage, TrainerStage) and stage.compile is True and way == "zero3":

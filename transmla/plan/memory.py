@@ -90,9 +90,13 @@ def memory_by_part(
     in_shards, by_deepspeed = layout in ("fsdp2", "zero3"), layout.startswith("zero")
     models = model_parameters(stage, sizes, apart=in_shards)
     weights = width * models + (0 if by_deepspeed else (4 - width) * trained)
-    moments = _moment_bytes(stage) * trained + (4 * trained if by_deepspeed else 0)
-    copies = 2 if layout == "whole" and processes > 1 else 1
     outside, layer = _units(sizes, config)
+    moments = _moment_bytes(stage) * trained + (4 * trained if by_deepspeed else 0)
+    if (
+        getattr(stage, "muon_learning_rate", None) is not None
+    ):  # one moment of the layers' matrices, where AdamW has two
+        moments -= 4 * (trained - outside if stage.train == "all" else trained)
+    copies = 2 if layout == "whole" and processes > 1 else 1
     gathered = width * REDUCED if by_deepspeed else 0
     if in_shards:  # what stands outside the layers, of student and teacher; a layer and the one fetched next
         wide = width if by_deepspeed or stage.train != "all" else 4  # also of gradients before they are shared out

@@ -51,12 +51,15 @@ class TrainerStage(Stage):
     relative_learning_rate: the learning rate is a share of every weight's size, its root mean square when the stage
         begins, so that one rate fits models of large and of small weights: AdamW moves a weight by about its learning
         rate a step.
+    muon_learning_rate: of the matrices of the layers, as a share of the learning rate that they have; Muon trains them,
+        AdamW the rest. None: AdamW trains everything.
     """
 
     train: Literal["attention", "all", "lora"]
     compile: bool | Literal["auto"] = "auto"
     attention: Literal["auto", "cudnn", "flash", "mask"] = "auto"
     relative_learning_rate: bool = False
+    muon_learning_rate: Factor | None = None
     lora: Lora = Lora()
 
     @model_validator(mode="after")
@@ -68,8 +71,29 @@ class TrainerStage(Stage):
             raise ValueError("trunk_learning_rate is for train: all, where the trunk learns too")
         if self.relative_learning_rate and self.train == "lora":
             raise ValueError("relative_learning_rate is for weights; adapters begin at zero and have no size")
+        if self.muon_learning_rate is not None:
+            self._check_muon()
         return self
 
+    def _check_muon(self) -> None:
+        """Muon trains whole matrices, and AdamW what is beside them."""
+        if self.train == "lora":
+            raise ValueError("muon_learning_rate is for the matrices of the layers, not for adapters; leave it out")
+        if self.relative_learning_rate:
+            raise ValueError(
+                "Muon's steps have a size of their own; leave out muon_learning_rate or relative_learning_rate"
+            )
+        optimizer = self.trainer.get("optim", BESIDE_MUON[0])
+        if optimizer not in BESIDE_MUON:
+            raise ValueError(
+                f"muon_learning_rate: beside Muon the rest is trained by AdamW, not {optimizer}; use trainer.optim: "
+                f"{' or '.join(BESIDE_MUON)}"
+            )
+        if self.trainer.get("optim_args"):
+            raise ValueError("muon_learning_rate: trainer.optim_args are not read beside Muon; leave them out")
+
+
+BESIDE_MUON = ("adamw_torch_fused", "adamw_torch")  # values of trainer.optim
 
 Weight = Annotated[Number, Field(ge=0.0, le=1e6)]
 

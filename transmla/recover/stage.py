@@ -152,6 +152,7 @@ def build_trainer(
         trainer = SFTStageTrainer(student, config, teacher=None, **common)
     if stage.kind in ("distill", "sft"):
         trainer.trunk_learning_rate = stage.trunk_learning_rate
+    trainer.muon_learning_rate = stage.muon_learning_rate
     if stage.relative_learning_rate:
         trainer.sizes = weight_sizes(student)  # before a checkpoint is read, or a resumed run would have other rates
     trainer.train_dataset = whole_rows(trainer.train_dataset, config)

@@ -21,6 +21,7 @@ from transmla.modeling.determinism import is_deterministic
 from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
+from transmla.recover.muon import MUON, MuonAdamW, is_matrix
 from transmla.recover.rehearsal import rehearse
 from transmla.recover.sharded_model import gathered
 
@@ -71,6 +72,7 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         self.batches = CountingCollator(self.data_collator)
         self.data_collator = self.batches
         self.trunk_learning_rate = 1.0  # of the weights outside the attentions, as a share of the learning rate
+        self.muon_learning_rate: float | None = None  # of the layers' matrices, as a share of their learning rate
         self.sizes: dict[str, float] | None = None  # of the weights, where the learning rate is a share of them
         self.attention: str | None = None  # what computes it over packed documents; None: there are none
         self.compiled = "layers not compiled"
@@ -97,16 +99,27 @@ class RecoveryTrainer(AtomicCheckpoints, SFTTrainer, ABC):
         names = {id(value): name for name, value in self.student.named_parameters()}
         groups = []
         for group in optimizer.param_groups:
-            by_rate: dict[float, list[nn.Parameter]] = {}
+            alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
             for value in group["params"]:
-                by_rate.setdefault(self._rate(names.get(id(value), "")), []).append(value)
-            groups += [group | {"params": own, "lr": group["lr"] * rate} for rate, own in by_rate.items()]
+                name = names.get(id(value), "")
+                muon = self.muon_learning_rate is not None and is_matrix(name, value)
+                alike.setdefault((self._rate(name, muon), muon), []).append(value)
+            groups += [
+                group | {"params": own, "lr": group["lr"] * rate} | ({MUON: True} if muon else {})
+                for (rate, muon), own in alike.items()
+            ]
+        if self.muon_learning_rate is not None:
+            adamw = {name: optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay", "fused")}
+            optimizer = self.optimizer = MuonAdamW(optimizer.param_groups[0]["params"][:1], **adamw)
         optimizer.param_groups = groups
         return optimizer
 
-    def _rate(self, name: str) -> float:
+    def _rate(self, name: str, muon: bool) -> float:
         """Of a weight, as a share of the learning rate."""
         share = 1.0 if ATTENTION in name else self.trunk_learning_rate
+        if muon:
+            assert self.muon_learning_rate is not None, "only with it is a matrix Muon's"
+            share *= self.muon_learning_rate
         return share * (1.0 if self.sizes is None else self.sizes[name])
 
     @abstractmethod

@@ -10,7 +10,7 @@ import torch
 from transmla.errors import RecipeError
 from transmla.export.checkpoint import save_deepseek, save_own_class
 from transmla.export.formats import choose_format
-from transmla.export.fresh_process import model_on_disk
+from transmla.export.fresh_process import FreshProcess, model_on_disk
 from transmla.export.latent_blocks import describe_blocks
 from transmla.export.reload_check import check_reload, log_probabilities, memory_of_check
 from transmla.families import family_of
@@ -37,12 +37,13 @@ def export(run: Run) -> None:
         for note in chosen.notes:
             run.say(f"[export] note: {note}")
         save = save_deepseek if chosen.stock else save_own_class
-        save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
-        metadata |= {"format": chosen.name} | chosen.serving()
-        if not run.drawn:
-            metadata["source"] = source_facts(run.recipe.model, run.source_folder)
-        metadata |= describe_blocks(student.model.config) if chosen.stock else {}
-        metadata["max_abs_logprob_diff"] = _check_reload(run, scratch)
+        with FreshProcess(scratch, stock=run.prepared.export.stock) as fresh:  # imports while the weights are written
+            save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
+            metadata |= {"format": chosen.name} | chosen.serving()
+            if not run.drawn:
+                metadata["source"] = source_facts(run.recipe.model, run.source_folder)
+            metadata |= describe_blocks(student.model.config) if chosen.stock else {}
+            metadata["max_abs_logprob_diff"] = _check_reload(run, scratch, fresh)
 
     make(run, run.paths.exported, run.digests.export, "export", build)
 
@@ -64,8 +65,9 @@ def export_dtype(run: Run) -> torch.dtype:
     return run.dtype if wanted == "auto" else getattr(torch, wanted)
 
 
-def _check_reload(run: Run, folder: Path) -> float:
-    """Compare the checkpoint in a fresh process with the student; both multiply in float32."""
+def _check_reload(run: Run, folder: Path, fresh: FreshProcess | None = None) -> float:
+    """Compare the checkpoint in a fresh process with the student; both multiply in float32. fresh: as in
+    `check_reload`."""
     section, evaluated = run.recipe.export.verify, run.recipe.evaluate
     length = min(section.tokens, evaluated.max_length)
     tokens = token_windows_of(run, evaluated.data[:1], "evaluate", tokens=section.tokens, length=length)
@@ -79,7 +81,7 @@ def _check_reload(run: Run, folder: Path) -> float:
     expected = log_probabilities(student, tokens)
     del student  # one model in memory at a time
     dtype, stock = export_dtype(run), run.prepared.export.stock
-    return check_reload(folder, tokens, expected, section, dtype, stock=stock, by_module=by_module)
+    return check_reload(folder, tokens, expected, section, dtype, stock=stock, by_module=by_module, fresh=fresh)
 
 
 def _by_module(run: Run) -> bool:

@@ -53,7 +53,12 @@ LATER = (
     ("rope", "keep"),
     ("stock_rope", None),
 )
-LATER_OF_A_STAGE = (("logits", 0.0), ("relative_learning_rate", False), ("synthetic_cross_entropy", False))
+LATER_OF_A_STAGE = (
+    ("logits", 0.0),
+    ("relative_learning_rate", False),
+    ("synthetic_cross_entropy", False),
+    ("muon_learning_rate", None),
+)
 
 COSTS = ("keep_teacher",)  # keys of a stage that change what it costs, not what comes of it
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_package
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,14 +46,30 @@ def check_digest(file: Path, expected: str | None, key: str) -> None:
         )
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers opens a GGUF for the configuration, for the tokenizer and for the weights, and asks for the names of
+    its tensors once a module; each time gguf reads a hundred thousand words one after another, or makes thousands of
+    names. Meanwhile both give again what they gave before."""
+    kept = {name: getattr(gguf_package, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in kept.items():
+            setattr(gguf_package, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf_package, name, function)
+
+
 def _load(gguf: Path, label: str, key: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model of a GGUF, in float32; what the file does not hold is missed, not made up."""
     where: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     check_gguf(gguf, f"{key}.source")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-        where |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
+        with _read_once():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            where |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **where)
     except Exception as error:  # gguf, tokenizers and transformers raise many kinds for a file that is damaged
         raise RecipeError(f"{key}.source", f"{label} is no GGUF that can be read: {one_line(error)}; {AGAIN}") from None
     model, report = loaded

@@ -1,7 +1,8 @@
 """Registers the student classes with transformers' Auto classes, without importing transformers before anybody uses it.
 
 transformers and torch take seconds to import, the command line has to answer in half a second. So where transformers is
-not imported yet, the import of its AutoConfig is awaited, and the first call of AutoConfig registers the classes.
+not imported yet, the imports of its AutoConfig and of AutoModelForCausalLM are awaited, and the first call of either
+registers what it will look for: configurations, or models too.
 """
 
 from __future__ import annotations
@@ -10,71 +11,104 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-AUTO = "transformers.models.auto.configuration_auto"
-ENTRANCES = ("from_pretrained", "for_model")  # of AutoConfig: every other Auto class comes through them
+
+@dataclass(frozen=True)
+class _Auto:
+    """An Auto class: its module, the class methods that look a class up, and the module that registers with it."""
+
+    module: str
+    name: str
+    entrances: tuple[str, ...]
+    registers: str
+
+
+# Every other Auto class finds a configuration through AutoConfig.
+AUTO = (
+    _Auto(
+        "transformers.models.auto.configuration_auto",
+        "AutoConfig",
+        ("from_pretrained", "for_model"),
+        "transmla.families",
+    ),
+    _Auto(
+        "transformers.models.auto.modeling_auto",
+        "AutoModelForCausalLM",
+        ("from_pretrained", "from_config"),
+        "transmla.families.students",
+    ),
+)
 
 
 def register() -> None:
     """Register the students of all families, and the sources that transformers does not know; again changes nothing."""
-    importlib.import_module("transmla.families")
+    for auto in AUTO:
+        importlib.import_module(auto.registers)
 
 
 def register_when_asked() -> None:
-    """Have the first call of AutoConfig, of whatever Auto class, call `register`."""
-    if AUTO in sys.modules:
-        _guard(sys.modules[AUTO])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Have the first call of an Auto class register what it looks for."""
+    for auto in AUTO:
+        if auto.module in sys.modules:
+            _guard(sys.modules[auto.module], auto)
+        elif not any(isinstance(finder, _Finder) and finder.auto == auto for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(auto))
 
 
-def _guard(module: ModuleType) -> None:
-    """Replace the entrances of AutoConfig until the first of them is called."""
-    auto: Any = module.AutoConfig
-    if any(name in vars(auto) and isinstance(vars(auto)[name], _Guarded) for name in ENTRANCES):
+def _guard(module: ModuleType, auto: _Auto) -> None:
+    """Replace the entrances of an Auto class until the first of them is called."""
+    guarded: Any = getattr(module, auto.name)
+    own = {name: vars(guarded)[name] for name in auto.entrances if name in vars(guarded)}  # the others are inherited
+    if any(isinstance(entrance, _Guarded) for entrance in own.values()):
         return
-    originals = {name: vars(auto)[name] for name in ENTRANCES}
 
     def restore() -> None:
-        for name, original in originals.items():
-            setattr(auto, name, original)
+        for name in auto.entrances:
+            if name in own:
+                setattr(guarded, name, own[name])
+            elif name in vars(guarded):
+                delattr(guarded, name)
 
-    for name in ENTRANCES:
-        setattr(auto, name, _Guarded(auto, name, restore))
+    for name in auto.entrances:
+        setattr(guarded, name, _Guarded(auto, name, restore))
 
 
 class _Guarded:
-    """An entrance of AutoConfig that registers, steps aside and goes on."""
+    """An entrance of an Auto class that steps aside, registers and goes on."""
 
-    def __init__(self, auto: Any, name: str, restore: Callable[[], None]) -> None:
+    def __init__(self, auto: _Auto, name: str, restore: Callable[[], None]) -> None:
         self.auto, self.name, self.restore = auto, name, restore
 
-    def __get__(self, instance: object, owner: object = None) -> Callable[..., Any]:
-        @functools.wraps(self.auto)
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Any]:
+        @functools.wraps(_Guarded)
         def entrance(*args: Any, **kwargs: Any) -> Any:
             self.restore()
-            register()
-            return getattr(self.auto, self.name)(*args, **kwargs)
+            importlib.import_module(self.auto.registers)
+            return getattr(owner, self.name)(*args, **kwargs)
 
         return entrance
 
 
 class _Finder:
-    """Waits for the import of AutoConfig's module, and leaves the import itself to the others."""
+    """Waits for the import of an Auto class's module, and leaves the import itself to the others."""
+
+    def __init__(self, auto: _Auto) -> None:
+        self.auto = auto
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != AUTO:
+        if fullname != self.auto.module:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            loader: Any = _Loader(spec.loader)  # the import system asks for its two methods alone, not for the class
+            loader: Any = _Loader(spec.loader, self.auto)  # the import system asks for its methods alone, not its class
             spec.loader = loader
         return spec
 
@@ -82,8 +116,8 @@ class _Finder:
 class _Loader:
     """Another loader, and `_guard` after it."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, auto: _Auto) -> None:
+        self.loader, self.auto = loader, auto
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -93,4 +127,4 @@ class _Loader:
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _guard(module)
+        _guard(module, self.auto)

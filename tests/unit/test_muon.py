@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.unit.test_stages import make_trainer
 from transmla.errors import RecipeError
-from transmla.modeling.student import ATTENTION
+from transmla.modeling.parameter_names import ATTENTION
 from transmla.recipe.compose import load_recipe
 from transmla.recover.muon import MOMENTUM, MUON, MuonAdamW, orthogonal
 

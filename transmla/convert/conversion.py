@@ -23,7 +23,7 @@ from transmla.families.family import SourceModule
 from transmla.families.student_config import build_student, student_config
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.geometry.rotary import describe_stock_rope
-from transmla.modeling.student import ATTENTION
+from transmla.modeling.parameter_names import ATTENTION
 from transmla.recipe.schema import Convert
 
 SOLVED_TOGETHER = 4  # layers, on a GPU

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from transmla.export.expressible import has_latent_norm
 from transmla.export.latent_blocks import is_grouped
-from transmla.modeling.latents import is_tied, latent_heads
+from transmla.modeling.config_facts import is_tied, latent_heads
 
 LAYER, ATTENTION = "model.layers.{}.", "model.layers.{}.self_attn."
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from transmla.modeling.latents import latent_heads
+from transmla.modeling.config_facts import latent_heads
 
 EPS = 1e-6  # transformers hard-codes it in the latent norms
 

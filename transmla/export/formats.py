@@ -15,7 +15,7 @@ from transmla.export.deepseek_config import deepseek_config
 from transmla.export.dimensions import export_dimensions
 from transmla.export.engines import Reading, notes_of, own_features, readings_of, require_engines, stock_features
 from transmla.export.expressible import blocking_dtype, blocking_feature
-from transmla.modeling.latents import latent_heads
+from transmla.modeling.config_facts import latent_heads
 from transmla.recipe.schema import Export
 
 DEEPSEEK = "deepseek_v3"

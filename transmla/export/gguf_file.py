@@ -27,7 +27,8 @@ from transmla.files import PARTIAL, scratch_folder
 from transmla.geometry.rotary import context_for_fixed_betas
 from transmla.hardware import require_disk
 from transmla.sources.config import read_config
-from transmla.sources.weights import check_weights, read_headers
+from transmla.sources.weight_files import read_headers
+from transmla.sources.weights import check_weights
 
 KEY = "gguf"
 # The kinds of files, and what gguf-py makes each of: k-quants are llama.cpp's own work.

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from transmla.sources.safetensors_header import Stored
-from transmla.sources.weights import weight_files
+from transmla.sources.weight_files import weight_files
 
 # Rows that write a latent are scaled by 2^-30 in an exported model: float16, and the float16 scales of every quantised
 # format, would make zeros of them.

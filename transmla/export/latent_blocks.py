@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from transmla.modeling.latents import is_tied, latent_heads
+from transmla.modeling.config_facts import is_tied, latent_heads
 
 
 def is_grouped(config: PretrainedConfig) -> bool:

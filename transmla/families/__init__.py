@@ -1,11 +1,11 @@
 """Source architectures: one small adapter each. `family_of` finds the adapter of a configuration.
 
-Importing this package registers the student classes with transformers' Auto classes.
+Importing this package registers the configurations with AutoConfig, importing `transmla.families.students` the models.
 """
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.families.family import Family, HeadNorm, SourceAttention
@@ -26,13 +26,9 @@ FAMILIES: dict[str, Family] = {
 _BY_STUDENT = {family.student_config.model_type: family for family in FAMILIES.values()}
 
 for _family in FAMILIES.values():
-    for _config, _model in (
-        (_family.student_config, _family.student_model),
-        (_family.source_config, _family.source_model),
-    ):
+    for _config in (_family.student_config, _family.source_config):
         if _config is not None:
             AutoConfig.register(_config.model_type, _config, exist_ok=True)
-            AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
 
 def family_of(config: PretrainedConfig) -> Family:

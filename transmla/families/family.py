@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.geometry.rotary import SCALED, rope_types
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Why a scaled rotary embedding is carried over neither as it is nor as a stock one.
 UNSUPPORTED = {
@@ -104,8 +108,8 @@ class Family:
     """One source architecture.
 
     model_type: of the source's config.json.
-    student_config, student_model: classes registered with transformers' Auto classes.
-    source_config, source_model: classes for a source that transformers does not know, registered likewise.
+    student_config: class registered with transformers' AutoConfig. architecture: name of the student's model class.
+    source_config, source_architecture: likewise, of a source that transformers does not know.
     read_attention: (attention module, config, device) -> SourceAttention.
     head_norms: attention module -> norms of queries and keys, for a family that has them.
     frequencies: (source model, layer) -> [d/2], the layer's rotary frequencies.
@@ -120,9 +124,9 @@ class Family:
 
     model_type: str
     student_config: type[PretrainedConfig]
-    student_model: type[PreTrainedModel]
+    architecture: str
     source_config: type[PretrainedConfig] | None = None
-    source_model: type[PreTrainedModel] | None = None
+    source_architecture: str | None = None
     read_attention: Callable[[SourceModule, PretrainedConfig, torch.device], SourceAttention] = read_split_projections
     head_norms: Callable[[SourceModule], tuple[HeadNorm, HeadNorm]] | None = None
     frequencies: Callable[[PreTrainedModel, int], Tensor] = shared_frequencies
@@ -134,6 +138,17 @@ class Family:
     kernel: str = "sdpa"
     plain_residual: bool = True
 
+    @property
+    def student_model(self) -> type[PreTrainedModel]:
+        """The student's class."""
+        return _model_class(self.architecture)
+
+    @property
+    def source_model(self) -> type[PreTrainedModel]:
+        """The class of a source that transformers does not know."""
+        assert self.source_architecture is not None, "only of such sources is it asked"
+        return _model_class(self.source_architecture)
+
     def check(self, config: PretrainedConfig) -> None:
         """Refuse a configuration that the adapter would convert wrongly."""
         for rope_type in sorted(rope_types(config) - {"default", *SCALED}):
@@ -141,3 +156,8 @@ class Family:
             raise RecipeError("model.source", f"rope type {rope_type!r}{why} is not supported; use a model without it")
         if (reason := self.refuse(config)) is not None:
             raise RecipeError("model.source", reason)
+
+
+def _model_class(name: str) -> type[PreTrainedModel]:
+    found: type[PreTrainedModel] = getattr(importlib.import_module("transmla.families.students"), name)
+    return found

@@ -3,10 +3,9 @@
 Norms around both blocks, GeGLU and the cap on the final logits belong to the trunk, which the student keeps.
 """
 
-from transformers import Gemma2Config, Gemma2ForCausalLM, PretrainedConfig
+from transformers import Gemma2Config, PretrainedConfig
 
 from transmla.families.family import NO_PLAN, Family
-from transmla.modeling.student import install_attention
 
 
 class MLAGemma2Config(Gemma2Config):
@@ -14,16 +13,6 @@ class MLAGemma2Config(Gemma2Config):
 
     model_type = "mla_gemma2"
     base_model_tp_plan = NO_PLAN
-
-
-class MLAGemma2ForCausalLM(Gemma2ForCausalLM):
-    """Gemma 2 with multi-head latent attention."""
-
-    config_class = MLAGemma2Config
-
-    def __init__(self, config: MLAGemma2Config) -> None:
-        super().__init__(config)
-        install_attention(self, softcap=config.attn_logit_softcapping)
 
 
 def refuse_bidirectional(config: PretrainedConfig) -> str | None:
@@ -36,7 +25,7 @@ def refuse_bidirectional(config: PretrainedConfig) -> str | None:
 GEMMA2 = Family(
     model_type="gemma2",
     student_config=MLAGemma2Config,
-    student_model=MLAGemma2ForCausalLM,
+    architecture="MLAGemma2ForCausalLM",
     qkv_bias=lambda config: config.attention_bias,
     output_bias=lambda config: config.attention_bias,
     refuse=refuse_bidirectional,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers import Gemma3TextConfig
 
 from transmla.families.family import NO_PLAN, Family
 from transmla.families.gemma2 import refuse_bidirectional
 from transmla.families.head_norm import centred_head_norms, read_centred
-from transmla.modeling.student import install_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class MLAGemma3TextConfig(Gemma3TextConfig):
@@ -19,16 +22,6 @@ class MLAGemma3TextConfig(Gemma3TextConfig):
     base_model_tp_plan = NO_PLAN
 
 
-class MLAGemma3ForCausalLM(Gemma3ForCausalLM):
-    """Gemma 3 with multi-head latent attention; the norm of the queries is kept, that of the keys is linearised."""
-
-    config_class = MLAGemma3TextConfig
-
-    def __init__(self, config: MLAGemma3TextConfig) -> None:
-        super().__init__(config)
-        install_attention(self, query_norm=Gemma3RMSNorm)
-
-
 def _frequencies(model: PreTrainedModel, index: int) -> Tensor:
     return getattr(model.model.rotary_emb, f"{model.config.layer_types[index]}_inv_freq")
 
@@ -36,7 +29,7 @@ def _frequencies(model: PreTrainedModel, index: int) -> Tensor:
 GEMMA3 = Family(
     model_type="gemma3_text",
     student_config=MLAGemma3TextConfig,
-    student_model=MLAGemma3ForCausalLM,
+    architecture="MLAGemma3ForCausalLM",
     read_attention=read_centred,
     head_norms=centred_head_norms,
     frequencies=_frequencies,

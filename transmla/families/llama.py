@@ -1,9 +1,8 @@
 """Llama 2 and 3 and models of the same architecture (SmolLM2, ...)."""
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from transmla.families.family import NO_PLAN, Family
-from transmla.modeling.student import install_attention
 
 
 class MLALlamaConfig(LlamaConfig):
@@ -13,20 +12,10 @@ class MLALlamaConfig(LlamaConfig):
     base_model_tp_plan = NO_PLAN
 
 
-class MLALlamaForCausalLM(LlamaForCausalLM):
-    """Llama with multi-head latent attention."""
-
-    config_class = MLALlamaConfig
-
-    def __init__(self, config: MLALlamaConfig) -> None:
-        super().__init__(config)
-        install_attention(self)
-
-
 LLAMA = Family(
     model_type="llama",
     student_config=MLALlamaConfig,
-    student_model=MLALlamaForCausalLM,
+    architecture="MLALlamaForCausalLM",
     qkv_bias=lambda config: config.attention_bias,
     output_bias=lambda config: config.attention_bias,
 )

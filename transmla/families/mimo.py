@@ -5,10 +5,9 @@ transformers has no such class; the source is read as a Qwen2 model, never by co
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import PretrainedConfig, Qwen2Config
 
 from transmla.families.family import NO_PLAN, Family
-from transmla.modeling.student import install_attention
 
 
 class MiMoConfig(Qwen2Config):
@@ -17,28 +16,11 @@ class MiMoConfig(Qwen2Config):
     model_type = "mimo"
 
 
-class MiMoForCausalLM(Qwen2ForCausalLM):
-    """MiMo without its prediction layers."""
-
-    config_class = MiMoConfig
-    _keys_to_ignore_on_load_unexpected = [r"^model\.mtp_layers\."]
-
-
 class MLAMiMoConfig(Qwen2Config):
     """MiMo's configuration with MLA's dimensions."""
 
     model_type = "mla_mimo"
     base_model_tp_plan = NO_PLAN
-
-
-class MLAMiMoForCausalLM(Qwen2ForCausalLM):
-    """MiMo with multi-head latent attention."""
-
-    config_class = MLAMiMoConfig
-
-    def __init__(self, config: MLAMiMoConfig) -> None:
-        super().__init__(config)
-        install_attention(self)
 
 
 def _notice(config: PretrainedConfig) -> str | None:
@@ -49,9 +31,9 @@ def _notice(config: PretrainedConfig) -> str | None:
 MIMO = Family(
     model_type="mimo",
     student_config=MLAMiMoConfig,
-    student_model=MLAMiMoForCausalLM,
+    architecture="MLAMiMoForCausalLM",
     source_config=MiMoConfig,
-    source_model=MiMoForCausalLM,
+    source_architecture="MiMoForCausalLM",
     qkv_bias=lambda config: True,
     notice=_notice,
 )

@@ -1,9 +1,8 @@
 """Qwen2 and Qwen2.5: Llama with a bias on queries, keys and values."""
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config
 
 from transmla.families.family import NO_PLAN, Family
-from transmla.modeling.student import install_attention
 
 
 class MLAQwen2Config(Qwen2Config):
@@ -13,19 +12,9 @@ class MLAQwen2Config(Qwen2Config):
     base_model_tp_plan = NO_PLAN
 
 
-class MLAQwen2ForCausalLM(Qwen2ForCausalLM):
-    """Qwen2 with multi-head latent attention."""
-
-    config_class = MLAQwen2Config
-
-    def __init__(self, config: MLAQwen2Config) -> None:
-        super().__init__(config)
-        install_attention(self)
-
-
 QWEN2 = Family(
     model_type="qwen2",
     student_config=MLAQwen2Config,
-    student_model=MLAQwen2ForCausalLM,
+    architecture="MLAQwen2ForCausalLM",
     qkv_bias=lambda config: True,
 )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from transmla.geometry import MLAGeometry
-from transmla.modeling.student import ATTENTION
+from transmla.modeling.parameter_names import ATTENTION
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from transmla.families.family import Family
 
 # Of the source's configuration: what names or loads the source, and what the student has under another meaning.
@@ -51,7 +52,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_latent_norm=geometry.latent_norm,
         **({"mla_latent_heads": geometry.latent_heads} if geometry.latent_heads > 1 else {}),
         **({"mla_tied": True} if geometry.tied else {}),
-        architectures=[family.student_model.__name__],
+        architectures=[family.architecture],
     )
 
 
@@ -72,6 +73,8 @@ def build_student(
         source: the original model.
         attention: `model.layers.N.self_attn.*` of the student, any dtype; stored in the source's dtype.
     """
+    from accelerate import init_empty_weights
+
     config = student_config(source.config, geometry, family)
     with init_empty_weights(include_buffers=False):
         student = family.student_model(config)

@@ -33,3 +33,13 @@ def has_rope_by_layer(config: PretrainedConfig) -> bool:
 def final_softcap(config: PretrainedConfig) -> float | None:
     """The cap on a model's final logits (Gemma 2), or None."""
     return getattr(config, "final_logit_softcapping", None)  # a field of Gemma's configurations alone
+
+
+def latent_heads(config: PretrainedConfig) -> int:
+    """Number of latents of a student."""
+    return getattr(config, "mla_latent_heads", 1)
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether a head's value is its latent itself, and its key without rotation the latent's first half."""
+    return getattr(config, "mla_tied", False)

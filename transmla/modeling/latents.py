@@ -13,17 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from transmla.modeling.config_facts import is_tied, latent_heads
 from transmla.modeling.kernels.one_query import one_latent_query
-
-
-def latent_heads(config: PretrainedConfig) -> int:
-    """Number of latents of a student."""
-    return getattr(config, "mla_latent_heads", 1)
-
-
-def is_tied(config: PretrainedConfig) -> bool:
-    """Whether a head's value is its latent itself, and its key without rotation the latent's first half."""
-    return getattr(config, "mla_tied", False)
 
 
 class LatentBlocks(nn.ModuleList):

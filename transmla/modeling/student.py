@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from transmla.modeling.attention import MLAAttention
 from transmla.modeling.config_facts import has_rope_by_layer
-
-ATTENTION = ".self_attn."  # marks the parameters that conversion replaces
+from transmla.modeling.parameter_names import ATTENTION
 
 
 def install_attention(

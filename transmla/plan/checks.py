@@ -1,32 +1,31 @@
-"""Everything that can be refused before weights load, in one place."""
+"""Everything that can be refused before weights load, in one place.
+
+What is quick to see comes first: transformers' model code and trl take seconds to import, and nobody waits for them to
+read that a file is not there.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from transmla.errors import RecipeError
-from transmla.export.formats import Format
-from transmla.geometry import MLAGeometry
-from transmla.hardware import resolve_device, resolve_dtype
-from transmla.plan.budget_checks import check_budgets
-from transmla.plan.conversion_checks import check_conversion
-from transmla.plan.data_checks import check_data
-from transmla.plan.determinism_checks import check_determinism
-from transmla.plan.disk import check_disk
-from transmla.plan.evaluation_checks import check_evaluation
-from transmla.plan.export_checks import check_export
+from transmla.plan.data_checks import check_data, check_lengths
 from transmla.plan.launch_checks import check_launch, check_launch_file
-from transmla.plan.memory import Sizes, count_parameters
-from transmla.plan.model_facts import check_facts_of_recipe
-from transmla.plan.output_folder import check_output_folder, output_folder
-from transmla.plan.stage_checks import check_stages
-from transmla.plan.streaming_choice import Streaming, choose_streamed_evaluation, choose_streaming
 from transmla.recipe.schema import Recipe
+from transmla.sources.kinds import check_there, kind_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from transmla.export.formats import Format
+    from transmla.geometry import MLAGeometry
+    from transmla.plan.conversion_checks import ConversionPlan
+    from transmla.plan.memory import Sizes
+    from transmla.plan.streaming_choice import Streaming
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepared:
-    """Check a recipe against the machine, the source's configuration and the data files.
+    """Check a recipe against the machine, the data files and the source.
 
     Args:
         exports: whether a final checkpoint is to be written.
@@ -59,6 +58,23 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
         RecipeError: the first thing that would fail later.
     """
     check_launch_file()
+    check_there(recipe.model.source, "model")
+    kinds = check_data(recipe) if text else {}
+    device, dtype, found = _check_configuration(recipe, exports=exports, text=text)
+    from transmla.plan.model_checks import check_models
+
+    return check_models(recipe, found, device, dtype, kinds, exports=exports, text=text)
+
+
+def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[str, torch.dtype, ConversionPlan]:
+    """What the source's configuration decides: device, number format and dimensions."""
+    import torch
+
+    from transmla.hardware import resolve_device, resolve_dtype
+    from transmla.plan.conversion_checks import check_conversion
+    from transmla.plan.model_facts import check_facts_of_recipe
+    from transmla.sources.weight_files import check_headers
+
     device = resolve_device(recipe.device)
     if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
         raise RecipeError(
@@ -68,34 +84,8 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     check_launch(recipe, device, str(dtype).removeprefix("torch."))
     check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
-    sizes = count_parameters(found.config, found.student)
-    streaming = choose_streaming(recipe, found.config, sizes, dtype, device)
-    evaluation = choose_streamed_evaluation(recipe, found.config, sizes, dtype, device)
-    kinds = check_data(recipe, found.config.max_position_embeddings) if text else {}
-    check_stages(recipe, found.config, device, dtype, kinds)
-    replaced = check_determinism(recipe, found.config, found.geometry, device, dtype)
-    check_budgets(recipe, found.config, sizes, found.geometry.source_cache, device, streaming.on)
+    if kind_of(recipe.model.source) == "directory":
+        check_headers(Path(recipe.model.source).expanduser(), "model.source")
     if text:
-        check_evaluation(recipe, found.config.max_position_embeddings)
-    if exports and not recipe.dry_run:
-        check_export(recipe, sizes, found.config)
-    output = output_folder(recipe)
-    if not recipe.dry_run:
-        check_output_folder(output)
-        if text:
-            check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
-    return Prepared(
-        recipe=recipe,
-        config=found.config,
-        geometry=found.geometry,
-        sizes=sizes,
-        device=device,
-        dtype=dtype,
-        output=output,
-        export=found.export,
-        streaming=streaming,
-        evaluation=evaluation,
-        notice=found.notice,
-        replaced=replaced,
-        kinds=kinds,
-    )
+        check_lengths(recipe, found.config.max_position_embeddings)
+    return device, dtype, found

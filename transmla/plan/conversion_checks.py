@@ -13,7 +13,6 @@ from transmla.families import family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.recipe.schema import Recipe
-from transmla.sources.check import check_planned
 from transmla.sources.config import source_config
 
 
@@ -44,7 +43,6 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
     section = recipe.convert
     config = source_config(recipe.model)
     family = family_of(config)
-    check_planned(recipe.model, config, "model")
     found: list[ConversionPlan] = []
     for option in candidates(config, section):  # whatever a search may choose must be exportable
         geometry = derive_geometry(config, option)

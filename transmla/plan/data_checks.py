@@ -15,18 +15,14 @@ from transmla.recipe.schema import Recipe
 from transmla.recipe.writing import Sampling, Solve, Text, Traces
 
 
-def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
-    """Check every dataset that a recipe names, once for each list that names it, and the lengths of rows and windows.
-
-    Args:
-        positions: of the model.
+def check_data(recipe: Recipe) -> dict[str, str]:
+    """Check every dataset that a recipe names, once for each list that names it; no model is asked for.
 
     Returns:
         what the rows of each list are, by its key: `text`, `messages` or `completion`.
 
     Raises:
-        RecipeError: the first that is missing, of another kind than the rest, or too long; an evaluation on what is
-            written for.
+        RecipeError: the first that is missing, or of another kind than the rest; an evaluation on what is written for.
     """
     online = not recipe.dry_run
     written = {f"@{entry.name}": _kind_of_written(entry) for entry in recipe.write}
@@ -39,17 +35,31 @@ def check_data(recipe: Recipe, positions: int) -> dict[str, str]:
             require("vllm", "vllm", f"{key}.engine")
         if isinstance(entry, Text):
             kinds |= _check_prefixes(entry, key, recipe.write[:index], online)
-            cue = max((len(cue.encode()) for cue in entry.cues), default=0)  # a token is a byte at least
-            _check_length(entry, key, positions, max(1, entry.prefix_tokens) + cue)
         else:
-            _check_problems(entry, key, positions, online)
+            _check_problems(entry, key, online)
     for index, solve in enumerate(recipe.evaluate.solve):
-        _check_problems(solve, f"evaluate.solve.{index}", positions, online)
+        _check_problems(solve, f"evaluate.solve.{index}", online)
     check_heldout(recipe)
+    return kinds
+
+
+def check_lengths(recipe: Recipe, positions: int) -> None:
+    """Check rows, windows and what is written against the positions of the model.
+
+    Raises:
+        RecipeError: the first that is too long.
+    """
+    for index, entry in enumerate(recipe.write):
+        prompt = 1
+        if isinstance(entry, Text):
+            cue = max((len(cue.encode()) for cue in entry.cues), default=0)  # a token is a byte at least
+            prompt = max(1, entry.prefix_tokens) + cue
+        _check_length(entry, f"write.{index}", positions, prompt)
+    for index, solve in enumerate(recipe.evaluate.solve):
+        _check_length(solve, f"evaluate.solve.{index}", positions, 1)
     for key, length in _lengths(recipe).items():
         if length > positions:
             raise RecipeError(key, f"{length} is above the {positions} positions of the model; lower it")
-    return kinds
 
 
 def unseen_files(recipe: Recipe) -> list[str]:
@@ -136,9 +146,8 @@ def _check_prefixes(entry: Text, key: str, before: Sequence[Traces | Text], onli
     return {key: _kind_of_list(entry.prefix_data, key, earlier, online)}
 
 
-def _check_problems(entry: Traces | Solve, key: str, positions: int, online: bool) -> None:
+def _check_problems(entry: Traces | Solve, key: str, online: bool) -> None:
     check_problems(entry.problems, f"{key}.problems", skip=entry.skip, limit=entry.limit, online=online)
-    _check_length(entry, key, positions, 1)
 
 
 def _check_length(settings: Sampling, key: str, positions: int, prompt: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transmla.recipe.model_source import ModelSource
 from transmla.sources import hub
 from transmla.sources.config_values import check_counts, check_values
 from transmla.sources.gguf_header import check_gguf
-from transmla.sources.kinds import kind_of
+from transmla.sources.kinds import check_there, kind_of
 
 # Of a configuration: what would load code or kernels from a hub, and what a save would refuse.
 RESET = {"_attn_implementation": None, "_experts_implementation": None, "output_attentions": False}
@@ -30,17 +29,11 @@ def source_config(section: ModelSource, key: str = "model") -> PretrainedConfig:
     """
     kind = kind_of(section.source)
     _refuse_idle_pins(section, kind, key)
+    check_there(section.source, key)
     if kind == "directory":
-        folder = Path(section.source).expanduser()
-        if not folder.is_dir():
-            raise RecipeError(f"{key}.source", f"no such directory: {section.source}; correct the path")
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise RecipeError(f"{key}.source", f"you may not read {section.source}; change its permissions")
-        config = read_config(folder, f"{key}.source")
+        config = read_config(Path(section.source).expanduser(), f"{key}.source")
         check_facts(section, config, key)
         return config
-    if kind == "gguf" and not Path(section.source).expanduser().is_file():
-        raise RecipeError(f"{key}.source", f"no such file: {section.source}; correct the path")
     if kind == "random" and section.config is None:
         raise RecipeError(f"{key}.config", "a random model needs its architecture; give model.config")
     if kind == "gguf":

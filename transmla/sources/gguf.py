@@ -19,7 +19,8 @@ from transmla.recipe.model_source import ModelSource
 from transmla.sources.config import one_line
 from transmla.sources.gguf_header import check_gguf, header_facts
 from transmla.sources.source_facts import CARD, card_text
-from transmla.sources.weights import AGAIN, listed, misfit
+from transmla.sources.weight_files import AGAIN, listed
+from transmla.sources.weights import misfit
 
 SPLIT_DIGITS = {
     "type": "Sequence",

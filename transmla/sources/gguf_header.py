@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from transmla.errors import RecipeError
 from transmla.sources.safetensors_header import DamagedFileError, require_content
-from transmla.sources.weights import AGAIN
+from transmla.sources.weight_files import AGAIN
 
 FIXED = {
     GGUFValueType.UINT8: "B",

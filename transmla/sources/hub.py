@@ -22,7 +22,7 @@ from transmla.errors import RecipeError
 from transmla.hardware import require_disk
 from transmla.recipe.model_source import ModelSource
 from transmla.sources.hub_commits import commit_of
-from transmla.sources.weights import INDEX, SINGLE, indexed_files, weight_files, without_weights
+from transmla.sources.weight_files import INDEX, SINGLE, indexed_files, weight_files, without_weights
 
 CONFIG = "config.json"
 SMALL = (

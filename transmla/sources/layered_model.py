@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transmla.errors import RecipeError
 from transmla.families import default_kernel
 from transmla.modeling.decoder_layers import DecoderLayers
-from transmla.sources.weights import AGAIN, listed
+from transmla.sources.weight_files import AGAIN, listed
 
 ZEROS = "nothing but zeros"
 EMBEDDING, LAYER, NORM, HEAD = "model.embed_tokens", "model.layers.{}", "model.norm", "lm_head"

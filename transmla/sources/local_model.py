@@ -19,8 +19,9 @@ from transmla.sources.generation import read_generation
 from transmla.sources.kinds import cache_folder
 from transmla.sources.layered_model import LayeredModel
 from transmla.sources.stored_parts import stored_model
+from transmla.sources.weight_files import read_headers
 from transmla.sources.weight_values import check_numbers, check_tied
-from transmla.sources.weights import misfit, read_headers
+from transmla.sources.weights import misfit
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:

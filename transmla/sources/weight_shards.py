@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transmla.sources.weights import INDEX, SINGLE
+from transmla.sources.weight_files import INDEX, SINGLE
 
 SHARD = 4 * 2**30  # bytes of a file
 

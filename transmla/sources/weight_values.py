@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
-from transmla.sources.weights import AGAIN, listed, weight_files
+from transmla.sources.weight_files import AGAIN, listed, weight_files
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 

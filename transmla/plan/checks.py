@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from transmla.errors import RecipeError
 from transmla.plan.data_checks import check_data, check_lengths
 from transmla.plan.launch_checks import check_launch, check_launch_file
+from transmla.plan.output_folder import check_output_folder, output_folder
 from transmla.recipe.schema import Recipe
+from transmla.sources.config_file import read_config_file
 from transmla.sources.kinds import check_there, kind_of
+from transmla.sources.weight_files import check_headers
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +61,23 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
         RecipeError: the first thing that would fail later.
     """
     check_launch_file()
-    check_there(recipe.model.source, "model")
+    _check_folders(recipe)
     kinds = check_data(recipe) if text else {}
     device, dtype, found = _check_configuration(recipe, exports=exports, text=text)
     from transmla.plan.model_checks import check_models
 
     return check_models(recipe, found, device, dtype, kinds, exports=exports, text=text)
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """The folders that are read and written."""
+    check_there(recipe.model.source, "model")
+    if kind_of(recipe.model.source) == "directory":
+        folder, key = Path(recipe.model.source).expanduser(), "model.source"
+        read_config_file(folder, key)
+        check_headers(folder, key)
+    if not recipe.dry_run:
+        check_output_folder(output_folder(recipe))
 
 
 def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[str, torch.dtype, ConversionPlan]:
@@ -73,7 +87,7 @@ def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[
     from transmla.hardware import resolve_device, resolve_dtype
     from transmla.plan.conversion_checks import check_conversion
     from transmla.plan.model_facts import check_facts_of_recipe
-    from transmla.sources.weight_files import check_headers
+    from transmla.sources.tokenizer import check_tokenizer
 
     device = resolve_device(recipe.device)
     if device == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ and not recipe.dry_run:
@@ -85,7 +99,7 @@ def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[
     check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
     if kind_of(recipe.model.source) == "directory":
-        check_headers(Path(recipe.model.source).expanduser(), "model.source")
+        check_tokenizer(Path(recipe.model.source).expanduser(), "model.source")
     if text:
         check_lengths(recipe, found.config.max_position_embeddings)
     return device, dtype, found

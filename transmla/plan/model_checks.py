@@ -12,7 +12,7 @@ from transmla.plan.disk import check_disk
 from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.export_checks import check_export
 from transmla.plan.memory import count_parameters
-from transmla.plan.output_folder import check_output_folder, output_folder
+from transmla.plan.output_folder import output_folder
 from transmla.plan.stage_checks import check_stages
 from transmla.plan.streaming_choice import choose_streamed_evaluation, choose_streaming
 from transmla.recipe.schema import Recipe
@@ -50,10 +50,8 @@ def check_models(
     if exports and not recipe.dry_run:
         check_export(recipe, sizes, found.config)
     output = output_folder(recipe)
-    if not recipe.dry_run:
-        check_output_folder(output)
-        if text:
-            check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
+    if not recipe.dry_run and text:
+        check_disk(recipe, sizes, found.config, dtype, output, streamed=streaming.on)
     return Prepared(
         recipe=recipe,
         config=found.config,

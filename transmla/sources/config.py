@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from transmla.errors import RecipeError
 from transmla.families import FAMILIES
 from transmla.recipe.model_source import ModelSource
 from transmla.sources import hub
-from transmla.sources.config_values import check_counts, check_values
+from transmla.sources.config_file import CONFIG, check_counts, one_line, read_config_file
+from transmla.sources.config_values import check_values
 from transmla.sources.gguf_header import check_gguf
 from transmla.sources.kinds import check_there, kind_of
+from transmla.sources.quiet_loading import quiet_loading
 
 # Of a configuration: what would load code or kernels from a hub, and what a save would refuse.
 RESET = {"_attn_implementation": None, "_experts_implementation": None, "output_attentions": False}
@@ -61,18 +62,13 @@ def read_config(folder: Path, key: str) -> PretrainedConfig:
     Raises:
         RecipeError: there is none, it is broken, of code of its own, of quantised weights, or impossible.
     """
-    file = folder / "config.json"
-    if (folder / "adapter_config.json").is_file():
-        raise RecipeError(
-            key, f"{folder} is an adapter (adapter_config.json); merge it into its model, and name what that saves"
-        )
-    if not file.is_file():
-        raise RecipeError(key, f"{folder} is no model directory: it has no config.json")
-    _check_content(file, key)
+    content = read_config_file(folder, key)
+    _check_model_type(content, key)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a wrong field
-        raise RecipeError(key, f"cannot read {file}: {one_line(error)}; correct it") from None
+        raise RecipeError(key, f"cannot read {folder / CONFIG}: {one_line(error)}; correct it") from None
     return _made_fit(config, key)
 
 
@@ -89,37 +85,13 @@ def read_gguf_config(file: Path, key: str) -> PretrainedConfig:
     return _made_fit(config, key)
 
 
-def one_line(error: Exception, length: int = 200) -> str:
-    """What a library says of an error, on one line."""
-    return " ".join(str(error).split())[:length].rstrip(" .,:;") or type(error).__name__
-
-
-def _check_content(file: Path, key: str) -> None:
-    """What transformers would ask about, or pass over without a word."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(key, f"{file} is no JSON: {one_line(error)}; download it again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise RecipeError(key, f"{file} names no model_type; it must be the config.json of a transformers model")
+def _check_model_type(content: dict[str, Any], key: str) -> None:
     kind = content["model_type"]
     if kind not in CONFIG_MAPPING:
         reason = "its code would have to be run, which never happens" if "auto_map" in content else "it is unknown"
         raise RecipeError(
             key, f"no adapter for model type {kind!r}: {reason}; there are: {', '.join(sorted(FAMILIES))}"
         )
-    check_counts(content, key)
-    for name in ("quantization_config", "compression_config"):
-        if content.get(name):
-            method = content[name].get("quant_method", "") if isinstance(content[name], dict) else ""
-            raise RecipeError(
-                key,
-                f"its weights are quantised ({name}{': ' * bool(method)}{method}); name the model that it was made of, "
-                "or dequantise it (load it with transformers, model.dequantize(), save_pretrained)",
-            )
-    for name in ("per_layer_config", "transformers_weights"):
-        if content.get(name):
-            raise RecipeError(key, f"{file} has {name}, which is not supported; use a model without it")
 
 
 def _made_fit(config: PretrainedConfig, key: str) -> PretrainedConfig:

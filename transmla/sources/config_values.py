@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,29 +13,6 @@ from transmla.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-
-def check_counts(fields: Mapping[str, Any], key: str) -> None:
-    """Check dimensions, which transformers may divide by while it reads them. fields: of a config.json.
-
-    Raises:
-        RecipeError: one of them is below 1.
-    """
-    for name in COUNTS:
-        value = fields.get(name)
-        if isinstance(value, int) and value < 1:
-            raise RecipeError(key, f"no model has {name} {value}; correct its configuration")
 
 
 def check_values(config: PretrainedConfig, key: str) -> None:

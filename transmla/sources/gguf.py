@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from transmla.errors import RecipeError
 from transmla.recipe.model_source import ModelSource
-from transmla.sources.config import one_line
+from transmla.sources.config_file import one_line
 from transmla.sources.gguf_header import check_gguf, header_facts
 from transmla.sources.source_facts import CARD, card_text
 from transmla.sources.weight_files import AGAIN, listed

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-# Number formats that a model computes with. All others are quantised, or no weights.
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Number formats that a model computes with: PyTorch's name and bytes. All others are quantised, or no weights.
+FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 MOST_BYTES = 100_000_000  # of a header; the library reads no longer one
 POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -67,7 +65,7 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise DamagedFileError(f"{file} is no safetensors file: it does not begin with a header") from None
     end = 0
     for name, (stored, begin, stop) in sorted(entries.items(), key=lambda item: item[1][1:]):
-        width = FLOATS[stored.dtype].itemsize if stored.dtype in FLOATS else None
+        width = FLOATS[stored.dtype][1] if stored.dtype in FLOATS else None
         if begin != end or (width is not None and stop - begin != width * math.prod(stored.shape)):
             raise DamagedFileError(f"{file} is damaged: the place of {name} in it does not fit its shape")
         end = stop

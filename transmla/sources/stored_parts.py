@@ -16,9 +16,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from transmla.errors import RecipeError
 from transmla.sources.layered_model import EMBEDDING, HEAD, LayeredModel, model_without_weights
+from transmla.sources.quiet_loading import quiet_loading
 from transmla.sources.safetensors_header import DamagedFileError, read_header
 from transmla.sources.weight_files import AGAIN, weight_files
-from transmla.sources.weights import misfit, quiet_loading
+from transmla.sources.weights import misfit
 
 IN_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from transmla.errors import RecipeError
-from transmla.sources.config import one_line, read_config
+from transmla.sources.config import read_config
+from transmla.sources.config_file import one_line
 from transmla.sources.safetensors_header import DamagedFileError, require_content
 
 # Each set of files is a whole tokenizer; the first that is there decides.

@@ -7,8 +7,7 @@ memory, and its report says what is missing, left over, or of another shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from transmla.errors import RecipeError
 from transmla.sources.config_values import skeleton
+from transmla.sources.quiet_loading import quiet_loading
 from transmla.sources.safetensors_header import FLOATS, Stored
 from transmla.sources.weight_files import AGAIN, check_headers, listed
 
@@ -40,7 +39,8 @@ def check_weights(folder: Path, config: PretrainedConfig, key: str) -> None:
 def _loading_report(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dict[str, Any]:
     """What transformers would say after loading: missing, unexpected and mismatched keys, and failed conversions."""
     state = {
-        name: torch.empty(tensor.shape, dtype=FLOATS[tensor.dtype], device="meta") for name, tensor in stored.items()
+        name: torch.empty(tensor.shape, dtype=getattr(torch, FLOATS[tensor.dtype][0]), device="meta")
+        for name, tensor in stored.items()
     }
     mapping: Any = get_model_conversion_mapping(model)  # typed as a list of their base class
     plan = LoadStateDictConfig(
@@ -57,18 +57,6 @@ def _loading_report(model: PreTrainedModel, stored: Mapping[str, Stored]) -> dic
         if not {target, source} <= info.missing_keys:
             info.missing_keys -= {target, source}
     return info.to_dict() | {"conversion_errors": info.conversion_errors}
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bar, where nothing is loaded or only a part."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def misfit(report: Mapping[str, Any]) -> str | None:

@@ -10,16 +10,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from transmla.measure.intervals import mean, standard_error, student_t
 from transmla.modeling.config_facts import final_softcap
 from transmla.modeling.kernels.eager import cap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK = 1024  # tokens whose logits exist at a time
 

@@ -14,14 +14,15 @@ import zlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transmla.errors import RecipeError
 from transmla.measure.choices import loglikelihoods
 from transmla.measure.intervals import mean, standard_error, wilson
 from transmla.recipe.evaluation import ChoiceTask, Evaluate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,31 @@
-"""Budgets of tokens against one window, one step, and what a machine can hold."""
+"""What is drawn, or cached of what is written, against the memory that a machine has."""
 
 from __future__ import annotations
-
-import os
 
 import psutil
 from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.plan.memory import Sizes
-from transmla.recipe.budget import rows_of_a_step, steps_of, tokens_of_a_step
 from transmla.recipe.schema import Recipe
 from transmla.recipe.writing import Sampling
 from transmla.sources.kinds import kind_of
 
-CONTINUATIONS = 10**7  # of an on-policy stage, whose prompts are all in memory
 LARGEST_GPU = 2**40  # bytes; more than any has
 
 
 def check_budgets(
     recipe: Recipe, config: PretrainedConfig, sizes: Sizes, cache: int, device: str, streaming: bool
 ) -> None:
-    """Check that every budget gives at least one window or step, and that nothing outgrows the memory.
+    """Check that nothing outgrows the memory.
 
     Args:
         config: of the source. cache: values that the source caches per token and layer. streaming: whether the source
             is read layer by layer.
 
     Raises:
-        RecipeError: with the least, or the most, that is possible.
+        RecipeError: with the most that is possible.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for key, section in (("convert.calibration", recipe.convert.calibration), ("evaluate", recipe.evaluate)):
-        if section.tokens < section.max_length:
-            raise RecipeError(
-                f"{key}.tokens",
-                f"{section.tokens} are fewer than one window of {section.max_length}; use at least that, or lower "
-                f"{key}.max_length",
-            )
-    for index, stage in enumerate(recipe.recover):
-        key, least = f"recover.{index}", tokens_of_a_step(stage, processes)
-        if stage.tokens < least:
-            raise RecipeError(
-                f"{key}.tokens",
-                f"{stage.tokens} are fewer than one step, which takes {least:,} (row length x rows x accumulation "
-                "steps x processes); use at least that, or smaller rows or batches",
-            )
-        if stage.kind == "on_policy" and steps_of(stage, processes) * rows_of_a_step(stage) > CONTINUATIONS:
-            raise RecipeError(
-                f"{key}.tokens", f"it gives more than {CONTINUATIONS:,} continuations per process; use fewer tokens"
-            )
     for key, entries in (("write", recipe.write), ("evaluate.solve", recipe.evaluate.solve)):
         for index, entry in enumerate(entries):
             _check_sampling(entry, f"{key}.{index}", config.num_hidden_layers * cache, device)

@@ -15,6 +15,7 @@ from transmla.errors import RecipeError
 from transmla.plan.data_checks import check_data, check_lengths
 from transmla.plan.launch_checks import check_launch, check_launch_file
 from transmla.plan.output_folder import check_output_folder, output_folder
+from transmla.plan.step_checks import check_steps
 from transmla.recipe.schema import Recipe
 from transmla.sources.config_file import read_config_file
 from transmla.sources.kinds import check_there, kind_of
@@ -62,9 +63,13 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     """
     check_launch_file()
     _check_folders(recipe)
+    check_steps(recipe)
     kinds = check_data(recipe) if text else {}
-    device, dtype, found = _check_configuration(recipe, exports=exports, text=text)
-    from transmla.plan.model_checks import check_models
+    device, dtype, found = _check_configuration(recipe, kinds, exports=exports, text=text)
+    from transmla.sources.check import check_planned
+
+    check_planned(recipe.model, found.config, "model")  # transformers' model code
+    from transmla.plan.model_checks import check_models  # trl
 
     return check_models(recipe, found, device, dtype, kinds, exports=exports, text=text)
 
@@ -80,13 +85,17 @@ def _check_folders(recipe: Recipe) -> None:
         check_output_folder(output_folder(recipe))
 
 
-def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[str, torch.dtype, ConversionPlan]:
-    """What the source's configuration decides: device, number format and dimensions."""
+def _check_configuration(
+    recipe: Recipe, kinds: dict[str, str], *, exports: bool, text: bool
+) -> tuple[str, torch.dtype, ConversionPlan]:
+    """What the source's configuration decides: device, number format, dimensions and lengths."""
     import torch
 
     from transmla.hardware import resolve_device, resolve_dtype
     from transmla.plan.conversion_checks import check_conversion
+    from transmla.plan.evaluation_checks import check_evaluation
     from transmla.plan.model_facts import check_facts_of_recipe
+    from transmla.plan.row_checks import check_rows
     from transmla.sources.tokenizer import check_tokenizer
 
     device = resolve_device(recipe.device)
@@ -102,4 +111,6 @@ def _check_configuration(recipe: Recipe, *, exports: bool, text: bool) -> tuple[
         check_tokenizer(Path(recipe.model.source).expanduser(), "model.source")
     if text:
         check_lengths(recipe, found.config.max_position_embeddings)
+        check_rows(recipe, found.config, kinds)
+        check_evaluation(recipe, found.config.max_position_embeddings)
     return device, dtype, found

@@ -1,4 +1,4 @@
-"""What takes the model's classes or trl to see: weights, memory, stages, trainers, disk."""
+"""What takes the model's classes and trl to see: memory, stages, trainers, disk."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from transmla.plan.checks import Prepared
 from transmla.plan.conversion_checks import ConversionPlan
 from transmla.plan.determinism_checks import check_determinism
 from transmla.plan.disk import check_disk
-from transmla.plan.evaluation_checks import check_evaluation
 from transmla.plan.export_checks import check_export
 from transmla.plan.memory import count_parameters
 from transmla.plan.output_folder import output_folder
 from transmla.plan.stage_checks import check_stages
 from transmla.plan.streaming_choice import choose_streamed_evaluation, choose_streaming
 from transmla.recipe.schema import Recipe
-from transmla.sources.check import check_planned
 
 
 def check_models(
@@ -38,15 +36,12 @@ def check_models(
     Raises:
         RecipeError: the first thing that would fail later.
     """
-    check_planned(recipe.model, found.config, "model")
     sizes = count_parameters(found.config, found.student)
     streaming = choose_streaming(recipe, found.config, sizes, dtype, device)
     evaluation = choose_streamed_evaluation(recipe, found.config, sizes, dtype, device)
-    check_stages(recipe, found.config, device, dtype, kinds)
+    check_stages(recipe, found.config, device, dtype)
     replaced = check_determinism(recipe, found.config, found.geometry, device, dtype)
     check_budgets(recipe, found.config, sizes, found.geometry.source_cache, device, streaming.on)
-    if text:
-        check_evaluation(recipe, found.config.max_position_embeddings)
     if exports and not recipe.dry_run:
         check_export(recipe, sizes, found.config)
     output = output_folder(recipe)

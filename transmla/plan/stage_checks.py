@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,30 +20,26 @@ from transmla.plan.trainer_checks import check_trainers
 from transmla.recipe.budget import ROW_LENGTH
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.schema import Recipe
-from transmla.recipe.stages import AnyStage, Distill, Layerwise, OnPolicy, TrainerStage
+from transmla.recipe.stages import AnyStage, Distill, Layerwise, TrainerStage
 from transmla.sources.check import check_planned
 from transmla.sources.config import source_config
 from transmla.sources.kinds import kind_of
 
 
-def check_stages(
-    recipe: Recipe, config: PretrainedConfig, device: str, dtype: torch.dtype, kinds: dict[str, str]
-) -> None:
-    """Check every stage's trainer, rows, teacher and tools.
+def check_stages(recipe: Recipe, config: PretrainedConfig, device: str, dtype: torch.dtype) -> None:
+    """Check every stage's trainer, teacher and tools.
 
     On a GPU a loss over logits is always compiled (transmla.recover.losses); so are kernels of trl's on-policy loss.
 
     Args:
-        config: of the source. kinds: what the rows of every list that was looked at are, by its key.
+        config: of the source.
 
     Raises:
-        RecipeError: a trainer that trl cannot make; rows that do not fit the model or the loss; a compiled stage
-            without a compiler; a teacher whose logits cannot be compared.
+        RecipeError: a trainer that trl cannot make; a compiled stage without a compiler; a teacher whose logits cannot
+            be compared.
     """
     for index, stage in enumerate(recipe.recover):
         key = f"recover.{index}.trainer"
-        if f"recover.{index}.data" in kinds:
-            _check_rows(stage, key, kinds[f"recover.{index}.data"], config)
         _check_device(stage, key, device)
         if isinstance(stage, TrainerStage):
             _check_attention(stage, f"recover.{index}", config, torch.device(device), dtype)
@@ -60,38 +55,6 @@ def check_stages(
             )
         if isinstance(stage, Distill) and isinstance(stage.teacher, ModelSource):
             _check_teacher(stage, stage.teacher, f"recover.{index}.teacher", config, online=not recipe.dry_run)
-
-
-def _check_rows(stage: AnyStage, key: str, kind: str, config: PretrainedConfig) -> None:
-    """Rows within the model's positions, and losses that the kind of data has."""
-    trainer, positions = stage.trainer, config.max_position_embeddings
-    if isinstance(stage, OnPolicy):
-        return
-    if stage.train == "lora" and stage.lora.r > config.hidden_size:
-        raise RecipeError(
-            f"{key.removesuffix('trainer')}lora.r", f"{stage.lora.r} is above the {config.hidden_size} of the model"
-        )
-    longest, unit = trainer.get("max_length", ROW_LENGTH), trainer.get("pad_to_multiple_of")
-    if longest > positions:
-        raise RecipeError(
-            f"{key}.max_length", f"rows have {longest} tokens, the model {positions} positions; use at most that"
-        )
-    if isinstance(unit, int) and -(-longest // unit) * unit > positions:
-        raise RecipeError(
-            f"{key}.pad_to_multiple_of",
-            f"{longest} filled up to a multiple of {unit} is above the {positions} positions",
-        )
-    if trainer.get("padding_free") and not trainer.get("packing", True):
-        raise RecipeError(f"{key}.padding_free", "rows that are not packed may have any length; leave it out, or pack")
-    if trainer.get("completion_only_loss") and kind != "completion":
-        raise RecipeError(
-            f"{key}.completion_only_loss", f"the data is {kind}, it has no prompt and completion; leave it out"
-        )
-    if trainer.get("assistant_only_loss") and kind == "text":
-        raise RecipeError(f"{key}.assistant_only_loss", "the data is text, nobody speaks in it; leave it out")
-    template = trainer.get("chat_template_path")
-    if template is not None and not Path(template).is_file():
-        raise RecipeError(f"{key}.chat_template_path", f"no such file: {template}; correct the path")
 
 
 def _check_device(stage: AnyStage, key: str, device: str) -> None:

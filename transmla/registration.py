@@ -75,17 +75,17 @@ def _guard(module: ModuleType, auto: _Auto) -> None:
                 delattr(guarded, name)
 
     for name in auto.entrances:
-        setattr(guarded, name, _Guarded(auto, name, restore))
+        setattr(guarded, name, _Guarded(auto, name, getattr(guarded, name), restore))
 
 
 class _Guarded:
     """An entrance of an Auto class that steps aside, registers and goes on."""
 
-    def __init__(self, auto: _Auto, name: str, restore: Callable[[], None]) -> None:
-        self.auto, self.name, self.restore = auto, name, restore
+    def __init__(self, auto: _Auto, name: str, original: Callable[..., Any], restore: Callable[[], None]) -> None:
+        self.auto, self.name, self.original, self.restore = auto, name, original, restore
 
     def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Any]:
-        @functools.wraps(_Guarded)
+        @functools.wraps(self.original)
         def entrance(*args: Any, **kwargs: Any) -> Any:
             self.restore()
             importlib.import_module(self.auto.registers)

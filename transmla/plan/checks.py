@@ -66,9 +66,9 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     check_steps(recipe)
     kinds = check_data(recipe) if text else {}
     device, dtype, found = _check_configuration(recipe, kinds, exports=exports, text=text)
-    from transmla.sources.check import check_planned
+    from transmla.sources.check import check_architecture
 
-    check_planned(recipe.model, found.config, "model")  # transformers' model code
+    check_architecture(recipe.model, found.config, "model")  # transformers' model code
     from transmla.plan.model_checks import check_models  # trl
 
     return check_models(recipe, found, device, dtype, kinds, exports=exports, text=text)
@@ -96,6 +96,7 @@ def _check_configuration(
     from transmla.plan.evaluation_checks import check_evaluation
     from transmla.plan.model_facts import check_facts_of_recipe
     from transmla.plan.row_checks import check_rows
+    from transmla.sources.generation import read_generation
     from transmla.sources.tokenizer import check_tokenizer
 
     device = resolve_device(recipe.device)
@@ -108,7 +109,9 @@ def _check_configuration(
     check_facts_of_recipe(recipe)
     found = check_conversion(recipe, dtype, exports=exports)
     if kind_of(recipe.model.source) == "directory":
-        check_tokenizer(Path(recipe.model.source).expanduser(), "model.source")
+        folder = Path(recipe.model.source).expanduser()
+        read_generation(folder, found.config, "model.source")
+        check_tokenizer(folder, "model.source")
     if text:
         check_lengths(recipe, found.config.max_position_embeddings)
         check_rows(recipe, found.config, kinds)

@@ -27,6 +27,18 @@ def check_planned(section: ModelSource, config: PretrainedConfig, key: str) -> N
     if kind_of(section.source) == "directory":
         check_folder(Path(section.source).expanduser(), f"{key}.source")
     else:
+        check_architecture(section, config, key)
+
+
+def check_architecture(section: ModelSource, config: PretrainedConfig, key: str) -> None:
+    """The part of `check_planned` that takes the model's class: the weights of a directory, else the architecture.
+
+    Raises:
+        RecipeError: as there.
+    """
+    if kind_of(section.source) == "directory":
+        check_weights(Path(section.source).expanduser(), config, f"{key}.source")
+    else:
         skeleton(config, f"{key}.{'source' if section.config is None else 'config'}")
 
 

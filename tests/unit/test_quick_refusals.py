@@ -46,7 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "key"),
     [
         (["recover.0.data=[gone.jsonl]"], "recover.0.data"),
-        (["recover.0.tokens=3"], "recover.0.tokens"),
         (["model={source: ./gone}"], "model.source"),
         (["model={source: ./m}"], "model.source"),
     ],
@@ -60,6 +59,7 @@ def test_without_torch(words: list[str], key: str, folder: Path) -> None:
     ("words", "key"),
     [
         (["convert.kv_lora_rank=1000"], "convert.kv_lora_rank"),
+        (["recover.0.tokens=3"], "recover.0.tokens"),
         (["recover.0.trainer.max_length=100000", "recover.0.tokens=1000000"], "recover.0.trainer.max_length"),
         (["evaluate.max_new_tokens=1000"], "evaluate.max_new_tokens"),
     ],

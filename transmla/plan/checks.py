@@ -15,7 +15,6 @@ from transmla.errors import RecipeError
 from transmla.plan.data_checks import check_data, check_lengths
 from transmla.plan.launch_checks import check_launch, check_launch_file
 from transmla.plan.output_folder import check_output_folder, output_folder
-from transmla.plan.step_checks import check_steps
 from transmla.recipe.schema import Recipe
 from transmla.sources.config_file import read_config_file
 from transmla.sources.kinds import check_there, kind_of
@@ -63,7 +62,6 @@ def prepare(recipe: Recipe, *, exports: bool = True, text: bool = True) -> Prepa
     """
     check_launch_file()
     _check_folders(recipe)
-    check_steps(recipe)
     kinds = check_data(recipe) if text else {}
     device, dtype, found = _check_configuration(recipe, kinds, exports=exports, text=text)
     from transmla.sources.check import check_architecture
@@ -96,6 +94,7 @@ def _check_configuration(
     from transmla.plan.evaluation_checks import check_evaluation
     from transmla.plan.model_facts import check_facts_of_recipe
     from transmla.plan.row_checks import check_rows
+    from transmla.plan.step_checks import check_steps
     from transmla.sources.generation import read_generation
     from transmla.sources.tokenizer import check_tokenizer
 
@@ -115,5 +114,7 @@ def _check_configuration(
     if text:
         check_lengths(recipe, found.config.max_position_embeddings)
         check_rows(recipe, found.config, kinds)
+    check_steps(recipe)  # rows that are too long are the reason of a step that is
+    if text:
         check_evaluation(recipe, found.config.max_position_embeddings)
     return device, dtype, found

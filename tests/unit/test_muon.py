@@ -11,6 +11,8 @@ from torch import nn
 from tests.unit.test_stages import make_trainer
 from transmla.errors import RecipeError
 from transmla.modeling.parameter_names import ATTENTION
+from transmla.plan.checks import prepare
+from transmla.plan.memory import memory_by_part
 from transmla.recipe.compose import load_recipe
 from transmla.recover.muon import MOMENTUM, MUON, MuonAdamW, orthogonal
 
@@ -135,3 +137,14 @@ def test_shards_are_refused(monkeypatch) -> None:
         monkeypatch.setattr(launch_checks, "find_spec", lambda name: object())
         with pytest.raises(RecipeError, match=rf"recover\.1\.muon_learning_rate.*{way} has them in pieces"):
             launch_checks.check_launch(recipe, "cpu", "float32")
+
+
+def test_the_plan_counts_one_moment_of_a_matrix() -> None:
+    plan = prepare(load_recipe("debug", ["device=cpu", "recover.1.train=all", "dry_run=true"]))
+    stage, config = plan.recipe.recover[1], plan.config
+    other = stage.model_copy(update={"muon_learning_rate": 1.5})
+    adamw, muon = (memory_by_part(one, plan.sizes, config, torch.float32) for one in (stage, other))
+    embedding = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    assert adamw["optimizer"] == 8 * plan.sizes.student
+    assert muon["optimizer"] == 8 * embedding + 4 * (plan.sizes.student - embedding)
+    assert adamw | {"optimizer": 0} == muon | {"optimizer": 0}

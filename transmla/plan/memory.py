@@ -93,9 +93,7 @@ def memory_by_part(
     weights = width * models + (0 if by_deepspeed else (4 - width) * trained)
     outside, layer = _units(sizes, config)
     moments = _moment_bytes(stage) * trained + (4 * trained if by_deepspeed else 0)
-    if (
-        getattr(stage, "muon_learning_rate", None) is not None
-    ):  # one moment of the layers' matrices, where AdamW has two
+    if getattr(stage, "muon_learning_rate", None) is not None:  # one moment of a matrix, where AdamW has two
         moments -= 4 * (trained - outside if stage.train == "all" else trained)
     copies = 2 if layout == "whole" and processes > 1 else 1
     gathered = width * REDUCED if by_deepspeed else 0

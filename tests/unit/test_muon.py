@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.unit.test_stages import make_trainer
 from transmla.errors import RecipeError
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.plan.checks import prepare
 from transmla.plan.memory import memory_by_part
 from transmla.recipe.compose import load_recipe
@@ -67,6 +67,22 @@ def test_steps_equal_the_papers(decay: float, at_once: int, monkeypatch) -> None
     for index, weight in enumerate(weights):
         wanted = muon_reference(start[index], [gradients[index] for gradients in steps], 0.05, decay)
         torch.testing.assert_close(weight.detach().double(), wanted, rtol=0, atol=3e-6)
+
+
+def test_steps_are_those_of_pytorchs_own() -> None:
+    """torch.optim.Muon, one matrix after another and in bfloat16, which is why it is not used: to its rounding."""
+    [start], steps = drawn([(24, 40), (24, 40), (40, 24)], 1, 5), drawn([(24, 40), (24, 40), (40, 24)], 3, 6)
+    ours, theirs = ([nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    optimizer = MuonAdamW(ours[:1], lr=0.05, weight_decay=0.1)
+    optimizer.param_groups[0] |= {"params": ours, MUON: True}
+    other = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1, momentum=MOMENTUM, adjust_lr_fn="match_rms_adamw")
+    for gradients in steps:
+        for one, two, gradient in zip(ours, theirs, gradients, strict=True):
+            one.grad, two.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    for one, two, first in zip(ours, theirs, start, strict=True):
+        assert (one - two).norm() < 0.01 * (two - first).norm()
 
 
 def test_singular_values_become_one() -> None:

@@ -15,7 +15,7 @@ from tests.unit.test_recover import tokenizer
 from transmla.cli import main
 from transmla.convert.conversion import convert_model
 from transmla.errors import RecipeError
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.recipe.budget import steps_of
 from transmla.recipe.stages import OnPolicy
 from transmla.recipe.validation import validate_recipe

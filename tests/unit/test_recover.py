@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from tests.conftest import settings, tiny_model, windows
 from transmla.convert.conversion import convert_model
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.recipe.model_source import ModelSource
 from transmla.recipe.stages import Distill, Layerwise, Sft
 from transmla.recover.checkpoints import last_checkpoint

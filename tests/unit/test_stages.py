@@ -13,7 +13,7 @@ from transmla.convert.conversion import convert_model
 from transmla.measure import attention_taps as taps
 from transmla.measure.attention_errors import attention_errors
 from transmla.measure.attention_taps import attention_divergence
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import last_checkpoint
 from transmla.recover.collator import CountingCollator, kept_of
 from transmla.recover.stage import run_stage

@@ -22,7 +22,7 @@ from transmla.families import default_kernel, family_of
 from transmla.families.student_config import student_config
 from transmla.files import temporary_folder
 from transmla.hardware import peak_memory, reset_peak_memory
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.plan.checks import Prepared
 from transmla.plan.memory import training_memory
 from transmla.recipe.budget import micro_batch

@@ -20,10 +20,11 @@ from transmla.convert.refit import refit_outputs
 from transmla.convert.search import search, split
 from transmla.families import Family, SourceAttention, family_of
 from transmla.families.family import SourceModule
-from transmla.families.student_config import build_student, student_config
+from transmla.families.student_config import student_config
+from transmla.families.students import build_student
 from transmla.geometry import MLAGeometry, derive_geometry
 from transmla.geometry.rotary import describe_stock_rope
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
 
 SOLVED_TOGETHER = 4  # layers, on a GPU

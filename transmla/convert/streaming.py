@@ -25,8 +25,8 @@ from transmla.geometry import candidates, derive_geometry
 from transmla.hardware import trim_memory
 from transmla.measure.streamed_quality import attention_of, output_error
 from transmla.modeling.decoder_layers import DecoderLayers
-from transmla.modeling.parameter_names import ATTENTION
 from transmla.modeling.state_stream import StateStream, batches_of
+from transmla.modeling.student import ATTENTION
 from transmla.recipe.schema import Convert
 from transmla.sources.layered_model import LayeredModel, model_without_weights
 

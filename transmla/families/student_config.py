@@ -1,18 +1,14 @@
-"""From a source's configuration and weights to its student's."""
+"""From a source's configuration to its student's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from transmla.geometry import MLAGeometry
-from transmla.modeling.parameter_names import ATTENTION
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from transmla.families.family import Family
 
 # Of the source's configuration: what names or loads the source, and what the student has under another meaning.
@@ -62,28 +58,3 @@ def _with_theta(parameters: dict[str, Any], power: float) -> dict[str, Any]:
         name: _with_theta(value, power) if isinstance(value, dict) else value for name, value in parameters.items()
     }
     return found | {"rope_theta": found["rope_theta"] ** power} if "rope_theta" in found else found
-
-
-def build_student(
-    source: PreTrainedModel, geometry: MLAGeometry, family: Family, attention: dict[str, Tensor]
-) -> PreTrainedModel:
-    """Assemble a student whose trunk shares the source's storage.
-
-    Args:
-        source: the original model.
-        attention: `model.layers.N.self_attn.*` of the student, any dtype; stored in the source's dtype.
-    """
-    from accelerate import init_empty_weights
-
-    config = student_config(source.config, geometry, family)
-    with init_empty_weights(include_buffers=False):
-        student = family.student_model(config)
-    trunk = {name: value for name, value in source.state_dict().items() if ATTENTION not in name}
-    dtype = source.dtype
-    state = trunk | {name: value.to(source.device, dtype) for name, value in attention.items()}
-    student.load_state_dict(state, assign=True, strict=True)
-    student.tie_weights()
-    student.config._attn_implementation = source.config._attn_implementation
-    student.generation_config = source.generation_config
-    student.config.dtype = dtype
-    return student.to(source.device).eval()  # type: ignore[arg-type]  # transformers' `to` is typed without its self

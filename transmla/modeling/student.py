@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from transmla.modeling.attention import MLAAttention
 from transmla.modeling.config_facts import has_rope_by_layer
-from transmla.modeling.parameter_names import ATTENTION
+
+ATTENTION = ".self_attn."  # marks the parameters that conversion replaces
 
 
 def install_attention(

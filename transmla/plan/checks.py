@@ -113,8 +113,7 @@ def _check_configuration(
         check_tokenizer(folder, "model.source")
     if text:
         check_lengths(recipe, found.config.max_position_embeddings)
-        check_rows(recipe, found.config, kinds)
-    check_steps(recipe)  # rows that are too long are the reason of a step that is
-    if text:
+        check_rows(recipe, found.config, kinds)  # before steps: long rows are the reason of long steps
         check_evaluation(recipe, found.config.max_position_embeddings)
+    check_steps(recipe)
     return device, dtype, found

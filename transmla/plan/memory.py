@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from transmla.modeling.parameter_names import ATTENTION
-from transmla.modeling.student import adapted_layers
+from transmla.modeling.student import ATTENTION, adapted_layers
 from transmla.recipe.budget import micro_batch
 from transmla.recipe.stages import QUERIES, AnyStage
 

@@ -24,7 +24,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial, K. Jordan's: 
 
 STEPS = 5  # of the polynomial
 
-SCALE = 0.2  # root mean square of AdamW's steps, which Muon's are given (arXiv:2502.16982, equation 4)
+SCALE = 0.2  # root mean square of AdamW's steps, which Muon's are given (arXiv:2502.16982, section 2.2)
 
 AT_ONCE = 2**26  # numbers that are worked on together
 
@@ -39,11 +39,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of both.
-
-        Raises:
-            RuntimeError: a parameter of a marked group is no matrix.
-        """
+        """One step of both."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group.get(MUON)]
         try:

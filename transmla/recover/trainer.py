@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from transmla.modeling.determinism import is_deterministic
-from transmla.modeling.parameter_names import ATTENTION
+from transmla.modeling.student import ATTENTION
 from transmla.recover.checkpoints import AtomicCheckpoints
 from transmla.recover.collator import CountingCollator
 from transmla.recover.muon import MUON, MuonAdamW, is_matrix

@@ -143,6 +143,15 @@ def test_a_cap_is_never_dropped() -> None:
             student(TOKENS)
 
 
+def test_who_caps_the_logits_of_attention() -> None:
+    """Both configurations have the key; transformers' Gemma 2 follows it, its Gemma 3 does not."""
+    for name, wanted in (("gemma2", 2.0), ("gemma3_text", None)):
+        source = tiny_config(name, attn_logit_softcapping=2.0)
+        geometry = derive_geometry(source, settings(qk_rope_head_dim=8, kv_lora_rank=24))
+        student = FAMILIES[name].student_model(student_config(source, geometry, FAMILIES[name]))
+        assert {layer.self_attn.softcap for layer in student.model.layers} == {wanted}
+
+
 def test_capped_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration's own attention of Gemma 2 against the definition, grouped heads and blocks included."""
     monkeypatch.setattr("transmla.convert.calibration.QUERY_BLOCK", 5)

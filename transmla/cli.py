@@ -10,10 +10,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transmla.errors import RecipeError
+from transmla.process.collector import uncollected
 from transmla.process.command import guarded
 from transmla.recipe.system import require_linux
+
+if TYPE_CHECKING:
+    from transmla.plan.checks import Prepared
 
 VERBS = {
     "recover": "run the whole recipe: write, convert, recover, export, evaluate, report",
@@ -93,39 +98,43 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _run(verb: str, words: Sequence[str]) -> int:
-    from transmla.recipe.compose import load_recipe
-    from transmla.recipe.names import listed_names
+    with uncollected():
+        from transmla.recipe.compose import load_recipe
+        from transmla.recipe.names import listed_names
 
-    names, overrides = _split(words)
-    if len(names) != 1:
-        raise RecipeError("recipe", f"name one recipe, recipe=NAME; there are: {listed_names()}")
-    recipe = load_recipe(names[0], overrides)
+        names, overrides = _split(words)
+        if len(names) != 1:
+            raise RecipeError("recipe", f"name one recipe, recipe=NAME; there are: {listed_names()}")
+        recipe = load_recipe(names[0], overrides)
 
-    from transmla.plan.checks import prepare
+        from transmla.plan.checks import prepare
 
-    prepared = prepare(recipe, exports=verb in EXPORTING, text=verb != "bench")
-    if recipe.dry_run:
-        from transmla.plan.dry_run import render_plan
-
-        if os.environ.get("RANK", "0") == "0":
-            print(render_plan(prepared, processes=int(os.environ.get("WORLD_SIZE", "1"))))
-        return 0
+        prepared = prepare(recipe, exports=verb in EXPORTING, text=verb != "bench")
+        if recipe.dry_run:
+            return _plan(prepared)
+        if verb != "bench":
+            from transmla.process.output_lock import only_run
+            from transmla.run.context import Run
+            from transmla.run.environment import quiet
+            from transmla.run.pipeline import run_verb
     if verb == "bench":
         from transmla.bench.speed_table import bench
 
         print(bench(prepared))
         return 0
-    from transmla.process.output_lock import only_run
-    from transmla.run.context import Run
-    from transmla.run.environment import quiet
-    from transmla.run.pipeline import run_verb
-
     quiet()
-
     with only_run(prepared.output):
         run = Run(prepared)
         run_verb(run, verb)
     return report_missed(run.missed)
+
+
+def _plan(prepared: Prepared) -> int:
+    from transmla.plan.dry_run import render_plan
+
+    if os.environ.get("RANK", "0") == "0":
+        print(render_plan(prepared, processes=int(os.environ.get("WORLD_SIZE", "1"))))
+    return 0
 
 
 def report_missed(missed: list[str]) -> int:

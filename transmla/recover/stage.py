@@ -90,6 +90,11 @@ def tensorboard_folder(folder: Path) -> Iterator[None]:
             del os.environ[name]
 
 
+def marks_synthetic(stage: Layerwise | Distill | Sft) -> bool:
+    """Whether a stage's rows tell a model's own text from people's."""
+    return stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
+
+
 def build_trainer(
     stage: Layerwise | Distill | Sft,
     student: PreTrainedModel,
@@ -124,8 +129,7 @@ def build_trainer(
                 parameter.data = parameter.data.float()
     # trl writes its own tokens and template into a tokenizer: what is exported must not depend on which stages ran.
     tokenizer = copy.deepcopy(tokenizer)
-    mixed = stage.kind == "distill" and stage.cross_entropy > 0.0 and not stage.synthetic_cross_entropy
-    rows = token_rows(data, tokenizer, config, mark_synthetic=mixed, key=key)
+    rows = token_rows(data, tokenizer, config, mark_synthetic=marks_synthetic(stage), key=key)
     config = config_of_rows(config)
     common: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer}
     if stage.train == "lora":

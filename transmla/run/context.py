@@ -21,6 +21,7 @@ from transmla.process.siblings import address, watch_others
 from transmla.recipe.launch_file import open_processes
 from transmla.run.fingerprints import Fingerprints
 from transmla.run.paths import Paths
+from transmla.run.rows_ahead import CORES, RowsAhead
 from transmla.sources.drawn_parts import drawn_model
 from transmla.sources.fetch import fetch
 from transmla.sources.kinds import kind_of
@@ -114,6 +115,20 @@ class Run:
         """Make room for another model; the next use of `teacher` loads it again."""
         self.__dict__.pop("teacher", None)
         gc.collect()
+
+    @cached_property
+    def rows_ahead(self) -> RowsAhead | None:
+        """The process that makes rows of coming stages, where the first process has a GPU to wait for and the machine
+        cores to spare."""
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        useful = self.prepared.device == "cuda" and self.state.is_main_process and cores >= CORES and not self.drawn
+        return RowsAhead() if useful else None
+
+    def end_rows_ahead(self) -> None:
+        """End that process, if there is one."""
+        process = self.__dict__.pop("rows_ahead", None)
+        if process is not None:
+            process.end()
 
     @cached_property
     def exams(self) -> dict[str, ProblemSet]:

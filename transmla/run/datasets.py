@@ -14,6 +14,7 @@ from transmla.errors import RecipeError
 from transmla.recipe.data_lists import Part, data_names
 from transmla.run.artifacts import condition, require_unharmed
 from transmla.run.context import Run
+from transmla.run.rows_ahead import RowsOf
 
 ROWS, DEFINITION = "data.jsonl", "data.yaml"  # of an artifact below `written`
 
@@ -48,6 +49,16 @@ def training_data(run: Run, index: int) -> Dataset:
     data = resolve(run, run.recipe.recover[index].data, key)
     with main_first():
         return load_mixture(data, key, run.tokenizer, run.recipe.seed, say=run.say)
+
+
+def rows_of(run: Run, index: int) -> RowsOf | None:
+    """What the rows of recovery stage `index` follow from; None: nothing to tokenise ahead, or not written yet."""
+    stage, key = run.recipe.recover[index], f"recover.{index}.data"
+    names = [name.removeprefix("@") for name in data_names(stage.data) if name.startswith("@")]
+    written = all(condition(run.paths.written(name), run.digests.written(name)).current for name in names)
+    if stage.kind == "on_policy" or not written:
+        return None
+    return RowsOf(index, stage, resolve(run, stage.data, key), run.source_folder, run.recipe.seed)
 
 
 def token_windows_of(

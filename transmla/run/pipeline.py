@@ -12,7 +12,7 @@ from transmla.run.export import export, verify
 from transmla.run.lineage import arrange
 from transmla.run.preconditions import check_before_weights
 from transmla.run.record import record
-from transmla.run.recover import recover
+from transmla.run.recover import ask_for_rows, recover
 from transmla.run.text_preconditions import check_calibration, check_evaluation_text, check_writing
 from transmla.run.write import write, write_where_needed
 
@@ -23,7 +23,9 @@ PIPELINES: dict[str, list[Stage]] = {
     "recover": [
         arrange,
         check_before_weights,
+        ask_for_rows,
         write_where_needed,
+        ask_for_rows,  # of what was written
         convert_where_needed,
         recover,
         export,

@@ -29,10 +29,20 @@ from transmla.recover.teachers.shards import RecordedTeacher
 from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
 from transmla.run.context import Run
 from transmla.run.convert import output_scales, save_scales, save_student
-from transmla.run.datasets import training_data
+from transmla.run.datasets import rows_of, training_data
 from transmla.run.lineage import students_to_make
 from transmla.sources.fetch import fetch
 from transmla.sources.local_model import load_model, load_source
+
+
+def ask_for_rows(run: Run) -> None:
+    """Have the rows of coming stages made beside the run: those whose text is there, where that helps."""
+    for index in sorted(students_to_make(run) - {-1}):
+        if run.rows_ahead is None or index in run.rows_ahead.asked:
+            continue
+        wanted = rows_of(run, index)
+        if wanted is not None:
+            run.rows_ahead.ask(wanted)
 
 
 def recover(run: Run) -> None:
@@ -50,6 +60,7 @@ def recover(run: Run) -> None:
             with suppress(OSError):  # not empty: later stages have some, or not there
                 run.paths.checkpoints(index).parent.rmdir()
         run.state.wait_for_everyone()
+    run.end_rows_ahead()
 
 
 def _recover_stage(run: Run, index: int, label: str) -> None:
@@ -119,6 +130,7 @@ def _train(
     run: Run, index: int, label: str, student: PreTrainedModel, scales: list[float], origin: Origin
 ) -> dict[str, Any]:
     """Train a student in place; what its metadata keeps: tokens, log, the checkpoint that it went on from."""
+    _wait_for_rows(run, index, label)
     stage, data, folder = run.recipe.recover[index], training_data(run, index), run.paths.checkpoints(index)
     stage, checkpoint = origin.same_batches(stage, run.state.num_processes), origin.checkpoint
     settings: dict[str, Any] = {
@@ -153,6 +165,12 @@ def _train(
         if isinstance(trainer, DistillTrainer) and is_recorded(stage):
             _read_recording(run, index, trainer)
         return run_stage(trainer, run.dtype, checkpoint, key=key)
+
+
+def _wait_for_rows(run: Run, index: int, label: str) -> None:
+    reason = None if run.rows_ahead is None else run.rows_ahead.wait(index)
+    if reason is not None:
+        run.say(f"[{label}] rows could not be made ahead: {reason}")
 
 
 def _teacher_of(run: Run, index: int) -> PreTrainedModel | None:

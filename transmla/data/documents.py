@@ -13,6 +13,7 @@ from transmla.data.conversations import tools_of, unpack
 from transmla.data.rendering import Template
 
 ROWS = 256  # that a tokenizer gets at a time, so that it may use all cores
+FIRST = 8  # of them at first: who asks for a few documents does not wait for hundreds
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ def documents(data: Dataset, tokenizer: PreTrainedTokenizerBase, *, ended: bool 
         ValueError: the template refuses a conversation, or leaves a part of it out; names the row.
     """
     template = Template(tokenizer)
-    for start in range(0, len(data), ROWS):
-        rows = _rows(data[start : start + ROWS])
+    start, count = 0, FIRST
+    while start < len(data):
+        rows = _rows(data[start : start + count])
         contents = [_content(row, template, start + number) for number, row in enumerate(rows, 1)]
         for content, ids in zip(contents, _ids(contents, tokenizer), strict=True):
             yield _with_end(ids, content, tokenizer) if ended else ids
+        start, count = start + count, min(2 * count, ROWS)
 
 
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

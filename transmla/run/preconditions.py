@@ -25,6 +25,7 @@ def check_before_weights(run: Run) -> None:
     Raises:
         RecipeError: the first of them.
     """
+    _check_tokens(run)
     check_writing(run, texts_to_make(run))
     if -1 in students_to_make(run):
         run.prepared.streaming.require()
@@ -33,7 +34,6 @@ def check_before_weights(run: Run) -> None:
     check_evaluation_text(run)
     _check_teachers(run)
     _check_recordings(run)
-    _check_tokens(run)
     _check_questions(run)
     check_room(run)
     _check_devices(run)

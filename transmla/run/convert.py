@@ -21,7 +21,7 @@ from transmla.run.lineage import students_to_make
 from transmla.sources.layered_model import save_configuration
 from transmla.sources.weight_shards import WeightShards
 
-STATISTICS = "statistics.safetensors"  # beside every student: E|o|² of every source attention
+STATISTICS = "statistics.safetensors"  # beside every student: what later stages need of the source's calibration
 
 
 def convert_where_needed(run: Run) -> None:
@@ -65,7 +65,7 @@ def stream_converted(run: Run, windows: Tensor, folder: Path) -> StreamedConvers
     done.student.generation_config = source.model.generation_config
     save_configuration(done.student, folder)
     run.tokenizer.save_pretrained(folder)
-    save_scales(done.output_scales, folder)
+    save_statistics(done.output_scales, done.router_shifts, folder)
     return done
 
 
@@ -88,17 +88,27 @@ def save_student(run: Run, student: PreTrainedModel, folder: Path) -> None:
 
 
 def save_converted(run: Run, done: Conversion, folder: Path) -> None:
-    """The student, and E|o|² of every source attention."""
+    """The student, and what later stages need of the calibration."""
     save_student(run, done.student, folder)
-    save_scales(done.output_scales, folder)
+    save_statistics(done.output_scales, done.router_shifts, folder)
 
 
-def save_scales(scales: Sequence[float], folder: Path) -> None:
-    """E|o|² of every source attention, by which layerwise errors are divided; beside every student, so that none needs
-    the ones before it."""
-    save_file({"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / STATISTICS)
+def save_statistics(scales: Sequence[float], shifts: Tensor | None, folder: Path) -> None:
+    """What goes beside every student, so that none needs the ones before it.
+
+    Args:
+        scales: E|o|² of every source attention, by which layerwise errors are divided. shifts: of the routers' logits,
+            [2, layers, D], for an export that writes them as DeepSeek's.
+    """
+    found = {"output_mean_square": torch.tensor(scales, dtype=torch.float64)}
+    save_file(found | ({} if shifts is None else {"router_shifts": shifts}), folder / STATISTICS)
 
 
 def output_scales(folder: Path) -> list[float]:
     """E|o|² of every source attention, from beside a student."""
     return load_file(folder / STATISTICS)["output_mean_square"].tolist()
+
+
+def router_shifts(folder: Path) -> Tensor | None:
+    """The shifts of a student's routers, from beside it; None where they stay as they are."""
+    return load_file(folder / STATISTICS).get("router_shifts")

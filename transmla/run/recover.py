@@ -28,7 +28,7 @@ from transmla.recover.stage import build_trainer, run_stage, tensorboard_folder,
 from transmla.recover.teachers.shards import RecordedTeacher
 from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
 from transmla.run.context import Run
-from transmla.run.convert import output_scales, save_scales, save_student
+from transmla.run.convert import output_scales, router_shifts, save_statistics, save_student
 from transmla.run.datasets import training_data
 from transmla.run.lineage import students_to_make
 from transmla.sources.fetch import fetch
@@ -71,7 +71,7 @@ def _recover_stage(run: Run, index: int, label: str) -> None:
         with publishing(run.paths.stage(index), metadata) as scratch:
             save_recipe(run.recipe, scratch)
             save_student(run, student, scratch)
-            save_scales(scales, scratch)
+            save_statistics(scales, router_shifts(before), scratch)
             metadata["seconds"] = round(time.monotonic() - started, 1)
             metadata["peak_memory_bytes"] = peak_memory(run.prepared.device)
         run.say(f"[{label}] {metadata['seconds']} s")

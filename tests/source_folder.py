@@ -32,8 +32,7 @@ def make_source(folder: Path, family: str = "llama", **fields: Any) -> Path:
 
 
 def make_leaning_mixtral(folder: Path, **fields: Any) -> Path:
-    """A random Mixtral whose states point to one side, as those of trained models do: every row of the embedding has the
-    same vector added, three times as large as its own. Its routers are decided, so that a wrong choice is seen."""
+    """A random Mixtral whose states point to one side, as `tiny_model`'s with `leaning`."""
     make_source(folder, "mixtral", num_local_experts=4, num_experts_per_tok=2, **fields)
 
     def lean(weights: dict[str, Tensor]) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,10 +15,9 @@ from transmla.run.artifacts import current, make
 from transmla.run.context import Run
 from transmla.run.datasets import calibration_windows
 from transmla.run.lineage import students_to_make
+from transmla.run.statistics import save_statistics
 from transmla.sources.layered_model import save_configuration
 from transmla.sources.weight_shards import WeightShards
-
-STATISTICS = "statistics.safetensors"  # beside every student: what later stages need of the source's calibration
 
 
 def convert_where_needed(run: Run) -> None:
@@ -91,24 +87,3 @@ def save_converted(run: Run, done: Conversion, folder: Path) -> None:
     """The student, and what later stages need of the calibration."""
     save_student(run, done.student, folder)
     save_statistics(done.output_scales, done.router_shifts, folder)
-
-
-def save_statistics(scales: Sequence[float], shifts: Tensor | None, folder: Path) -> None:
-    """What goes beside every student, so that none needs the ones before it.
-
-    Args:
-        scales: E|o|² of every source attention, by which layerwise errors are divided. shifts: of the routers' logits,
-            [2, layers, D], for an export that writes them as DeepSeek's.
-    """
-    found = {"output_mean_square": torch.tensor(scales, dtype=torch.float64)}
-    save_file(found | ({} if shifts is None else {"router_shifts": shifts}), folder / STATISTICS)
-
-
-def output_scales(folder: Path) -> list[float]:
-    """E|o|² of every source attention, from beside a student."""
-    return load_file(folder / STATISTICS)["output_mean_square"].tolist()
-
-
-def router_shifts(folder: Path) -> Tensor | None:
-    """The shifts of a student's routers, from beside it; None where they stay as they are."""
-    return load_file(folder / STATISTICS).get("router_shifts")

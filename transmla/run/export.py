@@ -17,8 +17,8 @@ from transmla.families import family_of
 from transmla.hardware import free_memory
 from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
-from transmla.run.convert import router_shifts
 from transmla.run.datasets import token_windows_of
+from transmla.run.statistics import router_shifts
 from transmla.sources.local_model import load_model, stream_model
 from transmla.sources.source_facts import source_facts
 

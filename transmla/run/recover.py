@@ -28,9 +28,10 @@ from transmla.recover.stage import build_trainer, run_stage, tensorboard_folder,
 from transmla.recover.teachers.shards import RecordedTeacher
 from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
 from transmla.run.context import Run
-from transmla.run.convert import output_scales, router_shifts, save_statistics, save_student
+from transmla.run.convert import save_student
 from transmla.run.datasets import training_data
 from transmla.run.lineage import students_to_make
+from transmla.run.statistics import output_scales, router_shifts, save_statistics
 from transmla.sources.fetch import fetch
 from transmla.sources.local_model import load_model, load_source
 

@@ -131,7 +131,8 @@ def test_its_export_equals_it(layout: str, fields: dict) -> None:
 
 
 def test_each_part_of_it_matters() -> None:
-    """Another sign, no shift, that of other coordinates, experts in another order, weights that do not sum to one: none goes unseen."""
+    """None goes unseen: another sign, no shift, one of other coordinates, experts in another order, gates in the place
+    of ups, weights that do not sum to one."""
     done = converted()
     shifts = done.router_shifts
     assert shifts is not None

@@ -58,15 +58,15 @@ class Findings:
         """What an artifact keeps of it: dimensions, choices, what linear keys lose, and sigmoids for a softmax."""
         kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
         kept |= {"key_regression_error": self.key_errors} if self.key_errors else {}
-        errors = [{"mean": fit.mean, "largest": fit.most} for fit in self.routers]
-        return kept | ({"router_error": errors} if errors else {})
+        return kept | ({"router_error": [fit.describe() for fit in self.routers]} if self.routers else {})
 
     def notes(self) -> list[str]:
         """Sentences for the user."""
         rope = self.geometry.stock_rope
         notes = self.choices + ([f"rotation: {describe_stock_rope(rope)}"] if rope else [])
         notes += [describe_key_errors(self.key_errors)] if self.key_errors else []
-        return notes + ([f"router: {describe_routers(self.routers)}"] if self.routers else [])
+        routers = [fit.describe() for fit in self.routers]
+        return notes + ([f"router: {describe_routers(routers)}"] if routers else [])
 
     @property
     def router_shifts(self) -> Tensor | None:

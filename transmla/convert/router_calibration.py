@@ -83,6 +83,10 @@ class RouterFit:
     mean: dict[str, float]
     most: dict[str, float]
 
+    def describe(self) -> dict[str, dict[str, float]]:
+        """The errors for a file."""
+        return {"mean": self.mean, "largest": self.most}
+
 
 @contextmanager
 def observed(observers: Mapping[SourceModule, Observer]) -> Iterator[None]:
@@ -151,14 +155,14 @@ def require_small(fit: RouterFit, index: int, dtype: torch.dtype) -> None:
         )
 
 
-def describe_routers(fits: Sequence[RouterFit]) -> str:
-    """One line on what sigmoids in the place of softmaxes cost."""
+def describe_routers(errors: Sequence[dict[str, dict[str, float]]]) -> str:
+    """One line on what sigmoids in the place of softmaxes cost. errors: by layer, as `RouterFit.describe` has them."""
     parts = [
-        f"{max(fit.most[kind] for fit in fits):.1e} (mean {sum(fit.mean[kind] for fit in fits) / len(fits):.1e}) in a "
-        f"checkpoint of {kind}"
+        f"{max(layer['largest'][kind] for layer in errors):.1e} in a checkpoint of {kind} (mean "
+        f"{sum(layer['mean'][kind] for layer in errors) / len(errors):.1e})"
         for kind in KINDS
     ]
     return (
-        "a sigmoid stands for the softmax where an engine has none; largest relative error of an expert's weight on "
-        f"the calibration text {', '.join(parts)}"
+        "an engine that chooses experts by a sigmoid finds the weights of the softmax; their largest relative error on "
+        f"the calibration text is {', '.join(parts)}"
     )

@@ -18,6 +18,8 @@ from transmla.errors import RecipeError
 from transmla.export.fresh_process import score
 from transmla.families import family_of
 from transmla.plan.conversion_checks import check_conversion
+from transmla.plan.disk import bytes_by_artifact
+from transmla.plan.memory import count_parameters
 from transmla.recipe.compose import load_recipe
 from transmla.sources.local_model import load_model, load_source, stream_source
 from transmla.sources.weights import check_weights
@@ -187,6 +189,18 @@ def test_its_files_are_a_stock_checkpoint(dtype: torch.dtype, tmp_path: Path) ->
         found = score(tmp_path / "it", TOKENS, stock=True, by_module=by_module)
         assert float((expected.exp() * (expected - found)).sum(-1).mean()) < (1e-8 if dtype == FLOAT32 else 1e-3)
         assert float((found - expected).abs().max()) < (3e-5 if dtype == FLOAT32 else 1.0)
+
+
+def test_the_plan_counts_its_files(tmp_path: Path) -> None:
+    """The head and the shared experts of zeros, which the student has not."""
+    done = exported_mixtral(tmp_path / "it")
+    config = leaning(vocab_size=260).config
+    sizes = count_parameters(config, done.student.config)
+    expected = bytes_by_artifact(load_recipe("debug", words("convert.router=stock")), sizes, config, FLOAT32).exported
+    stored = sum(file.stat().st_size for file in (tmp_path / "it").glob("*.safetensors"))
+    assert stored == pytest.approx(expected, rel=0.06)
+    kept = bytes_by_artifact(load_recipe("debug", words()), sizes, config, FLOAT32).exported
+    assert expected - kept == 4 * 2 * 3 * 64 * 96
 
 
 def words(*more: str) -> list[str]:

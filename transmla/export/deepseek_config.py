@@ -71,5 +71,6 @@ def _experts(config: PretrainedConfig) -> dict[str, Any]:
         "scoring_func": "softmax",
         "topk_method": "greedy",
         "moe_router_dtype": "float32",  # vLLM would round shifted logits to 16 bits
+        "router_fp32": True,  # SGLang would round the router
         "router_shifted": True,
     }

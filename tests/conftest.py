@@ -97,8 +97,14 @@ def tiny_config(family: str = "llama", *, groups: int = 2, **fields: object) -> 
     return AutoConfig.for_model(family, **(common | fields))
 
 
-def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **fields: object) -> PreTrainedModel:
-    """A random model with attention far from uniform, non-zero biases and norms other than one."""
+def tiny_model(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, leaning: bool = False, **fields: object
+) -> PreTrainedModel:
+    """A random model with attention far from uniform, non-zero biases and norms other than one.
+
+    leaning: its states point to one side, as those of trained models do, because every embedding has the same vector
+    added; its routers, where it has some, are decided.
+    """
     torch.manual_seed(1)
     config = tiny_config(family, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=default_kernel(family)).to(dtype).eval()
@@ -108,6 +114,10 @@ def tiny_model(family: str = "llama", *, dtype: torch.dtype = torch.float32, **f
                 parameter.mul_(2)
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
+            if leaning and name.endswith("embed_tokens.weight"):
+                parameter.add_(3.0 * parameter[7].clone())
+            if name.endswith("mlp.gate.weight"):
+                parameter.mul_(4.0 if leaning else 1.0)
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5).sub_(float(family.startswith("gemma")))  # Gemma multiplies by 1 + weight
     return model

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.source_folder import make_leaning_mixtral
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Recipe
 
@@ -20,11 +22,13 @@ LLAMA3 = (
 @dataclass(frozen=True)
 class Row:
     """recipe, words: what is exported. weights: the environment variable that names a directory with the source's real
-    weights; None: they are random."""
+    weights; None: they are random. made: writes a source of these facts into a directory, where a recipe's random one
+    lacks what trained models have."""
 
     recipe: str
     words: tuple[str, ...]
     weights: str | None = None
+    made: Callable[[Path], Path] | None = None
 
     @property
     def missing(self) -> str | None:
@@ -39,9 +43,14 @@ class Row:
 
     def commanded(self, folder: Path) -> list[str]:
         """The words of a command that exports it."""
-        source = (
-            [] if self.weights is None else [f"model.source={os.environ[self.weights]}", *FROM_A_DIRECTORY[self.recipe]]
-        )
+        source: list[str] = []
+        if self.made is not None:
+            directory = folder.with_name(f"{folder.name}_source")
+            if not directory.is_dir():
+                self.made(directory)
+            source = [f"model.source={directory}", "~model.config"]
+        elif self.weights is not None:
+            source = [f"model.source={os.environ[self.weights]}", *FROM_A_DIRECTORY[self.recipe]]
         return [f"recipe={self.recipe}", *CONVERTED, *self.words, *source, f"output_dir={folder}"]
 
 
@@ -60,6 +69,19 @@ QWEN = (
     "evaluate.solve=[]",
     "evaluate.require=[]",
 )
+MIXTRAL = (
+    *TINY,
+    "model.config.model_type=mixtral",
+    "+model.config.num_local_experts=4",
+    "+model.config.num_experts_per_tok=2",
+)
+
+
+def leaning_mixtral(folder: Path) -> Path:
+    """A source of the facts of `MIXTRAL`, whose routers' inputs have a direction in common."""
+    return make_leaning_mixtral(folder, initializer_range=0.15)
+
+
 ROWS = {
     "SmolLM2-135M, compact": Row("smollm2_135m", (), "TRANSMLA_SMOLLM2"),
     "SmolLM2-135M, padded": Row("smollm2_135m", ("export.layout=padded",), "TRANSMLA_SMOLLM2"),
@@ -67,15 +89,8 @@ ROWS = {
     "Qwen2.5-Coder-0.5B, biases folded": Row("qwen0.5b_r1", (*QWEN, "convert.biases=fold"), "TRANSMLA_QWEN05"),
     "llama3 rope, tiny": Row("debug", (*TINY, f"model.config.rope_parameters={LLAMA3}")),
     "llama3 rope as stock, tiny": Row("debug", (*TINY, f"model.config.rope_parameters={LLAMA3}", "convert.rope=stock")),
-    "Mixtral, tiny": Row(
-        "debug",
-        (
-            *TINY,
-            "model.config.model_type=mixtral",
-            "+model.config.num_local_experts=4",
-            "+model.config.num_experts_per_tok=2",
-        ),
-    ),
+    "Mixtral, tiny": Row("debug", MIXTRAL),
+    "Mixtral as stock, tiny": Row("debug", (*MIXTRAL, "convert.router=stock"), made=leaning_mixtral),
     "Qwen3, tiny": Row("debug", (*TINY, "model.config.model_type=qwen3")),
     "Gemma 2, tiny": Row(
         "debug",

@@ -31,6 +31,21 @@ def make_source(folder: Path, family: str = "llama", **fields: Any) -> Path:
     return folder
 
 
+def make_leaning_mixtral(folder: Path, **fields: Any) -> Path:
+    """A random Mixtral whose states point to one side, as `tiny_model`'s with `leaning`."""
+    make_source(folder, "mixtral", num_local_experts=4, num_experts_per_tok=2, **fields)
+
+    def lean(weights: dict[str, Tensor]) -> None:
+        table = weights["model.embed_tokens.weight"]
+        weights["model.embed_tokens.weight"] = table + 3.0 * table[7]
+        for name in weights:
+            if name.endswith(".gate.weight"):
+                weights[name] = 4.0 * weights[name]
+
+    edit_weights(folder, lean)
+    return folder
+
+
 def copy_of(folder: Path, out: Path) -> Path:
     shutil.copytree(folder, out)
     return out

@@ -8,6 +8,7 @@ from tests.conftest import FULL, LLAMA3, VOCAB, settings, tiny_model, windows
 from transmla.convert.conversion import convert_model
 from transmla.export.deepseek_config import deepseek_config
 from transmla.export.deepseek_weights import export_state
+from transmla.sources.weights import FILLED
 
 TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(3))
 CASES = {
@@ -21,19 +22,25 @@ CASES = {
 }
 
 
-def converted(family: str, fields: dict, dtype: torch.dtype, groups: int = 1, **section):
+def conversion(family: str, fields: dict, dtype: torch.dtype, groups: int = 1, **section):
     source = tiny_model(family, groups=groups, dtype=dtype, **fields)
     convert = settings(**(FULL | section))
-    student = convert_model(source, convert, torch.cat(windows())).student
-    return source, student
+    return source, convert_model(source, convert, torch.cat(windows()))
 
 
-def stock(student, layout: str, dtype: torch.dtype):
+def converted(family: str, fields: dict, dtype: torch.dtype, groups: int = 1, **section):
+    source, done = conversion(family, fields, dtype, groups, **section)
+    return source, done.student
+
+
+def stock(student, layout: str, dtype: torch.dtype, shifts: torch.Tensor | None = None):
     config = deepseek_config(student.config, layout, dtype)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config)
     model = model.to_empty(device="cpu").to(dtype)
-    model.load_state_dict(export_state(student, layout, dtype), strict=True)
+    state = export_state(student, layout, dtype, shifts=shifts)
+    filled = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.endswith(FILLED)}
+    model.load_state_dict(state | filled, strict=True)
     rope = type(model.model.rotary_emb)(config)  # buffers are not in a state dict
     model.model.rotary_emb = rope
     return model.eval()

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.numerics.test_families import GEMMA2, GEMMA3, GEMMA3_ROPE
+from tests.source_folder import make_leaning_mixtral
 from transmla.cli import main
 from transmla.recipe.names import share
 
@@ -84,6 +85,26 @@ def run_recipe(family: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     if expected != "deepseek_v3":
         assert main(["recover", *words, "export.format=deepseek_v3", "dry_run=true"]) == 2
         assert "export.format" in capsys.readouterr().err
+
+
+def test_experts_become_stock_behind_recovery(tmp_path: Path, capsys: pytest.CaptureFixture, quick: None) -> None:
+    """Both stages train, the second all weights; the shift that waits beside the students is still right."""
+    source = make_leaning_mixtral(tmp_path / "source")
+    stages = ["recover.0.tokens=1024", "recover.1.tokens=1024", "evaluate.max_new_tokens=4"]
+    words = ["recipe=debug", f"model.source={source}", "~model.config", "convert.router=stock", *stages, "device=cpu"]
+    assert main(["recover", *words, f"output_dir={tmp_path}/out"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "by a sigmoid" in line)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["export"]["format"] == "deepseek_v3" and report["export"]["max_abs_logprob_diff"] < 1e-4
+    assert len(report["router_error"]) == 2 and max(layer["mean"]["float32"] for layer in report["router_error"]) < 1e-6
+    said = line.removeprefix("[convert] router: ")
+    for page in (tmp_path / "out" / "report.md", tmp_path / "out" / "exported" / "README.md"):
+        assert f"Experts: {said}." in page.read_text()
+    quality = {name: content["sample_heldout"]["kl"] for name, content in report["quality"].items()}
+    assert quality["exported"] == pytest.approx(quality["recovered"], abs=1e-5) and quality["recovered"] > 0
+    config = json.loads((tmp_path / "out" / "exported" / "config.json").read_text())
+    facts = {"scoring_func": "softmax", "topk_method": "greedy", "moe_router_dtype": "float32", "router_fp32": True}
+    assert facts.items() <= config.items() and config["first_k_dense_replace"] == 0
 
 
 def test_perplexity_has_the_final_cap(tmp_path: Path) -> None:

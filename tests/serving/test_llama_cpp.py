@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.mixtral_export import exported_mixtral
 from tests.serving.installed import python_of
 from tests.stock_checkpoint import STEPPED, YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.export.gguf_file import save_gguf
@@ -59,6 +60,14 @@ def test_it_reads_every_kind_of_file(kind: str, tmp_path: Path) -> None:
     )
     save_gguf(folder, tmp_path / "it.gguf", kind, python=python_of("llama.cpp"))
     assert missed(folder, gguf=tmp_path / "it.gguf") == []
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_k_m"])
+def test_it_reads_experts_in_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    dtype = torch.float32 if kind == "f32" else torch.bfloat16
+    exported_mixtral(tmp_path / "it", dtype=dtype, hidden_size=256, intermediate_size=256, initializer_range=0.05)
+    save_gguf(tmp_path / "it", tmp_path / "it.gguf", kind, python=python_of("llama.cpp"))
+    assert missed(tmp_path / "it", gguf=tmp_path / "it.gguf") == []
 
 
 def test_another_model_is_a_miss(tmp_path: Path) -> None:

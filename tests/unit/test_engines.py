@@ -28,6 +28,7 @@ CELLS = [(feature, engine) for feature in TABLE["features"] for engine in TABLE[
 STOCK = {
     "all_dense": {},
     "softmax_experts": {"first_k_dense_replace": 1, "scoring_func": "softmax"},
+    "shifted_experts": {"first_k_dense_replace": 0, "scoring_func": "softmax", "router_shifted": True},
     "attention_bias": {"attention_bias": True},
     "tied_head": {"tie_word_embeddings": True},
     "other_eps": {"rms_norm_eps": 1e-5},

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, TokenType
+from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFReader, TokenType
 from gguf.quants import dequantize
 from safetensors.torch import load_file
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import VOCAB
+from tests.mixtral_export import exported_mixtral
 from tests.stock_checkpoint import YARN, byte_pairs, sentencepiece, stock_checkpoint
 from transmla.cli import main
 from transmla.errors import RecipeError
@@ -34,6 +36,28 @@ def written(folder: Path, out: Path, kind: str) -> tuple[dict[str, np.ndarray], 
 
 def norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+
+
+def feed_forward(h: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    opened = h @ gate.T
+    return (opened / (1 + np.exp(-opened)) * (h @ up.T)) @ down.T
+
+
+def mixture(h: np.ndarray, own: dict[str, np.ndarray], key: dict) -> np.ndarray:
+    """Experts of the largest shares of a softmax over all, whose sum becomes one; the shared expert beside them."""
+    assert key["expert_gating_func"] == ExpertGatingFuncType.SOFTMAX and key["expert_weights_norm"]
+    assert key["expert_weights_scale"] == 1.0 and key["expert_shared_count"] == 1
+    assert own["ffn_gate_inp.weight"].shape[0] == key["expert_count"]
+    found = feed_forward(h, *(own[f"ffn_{name}_shexp.weight"] for name in ("gate", "up", "down")))
+    scores = h @ own["ffn_gate_inp.weight"].T
+    share = np.exp(scores - scores.max(-1, keepdims=True))
+    least = np.sort(share, -1)[:, -key["expert_used_count"], None]
+    share = np.where(share >= least, share, 0.0)
+    share /= share.sum(-1, keepdims=True)
+    for number in range(key["expert_count"]):
+        each = feed_forward(h, *(own[f"ffn_{name}_exps.weight"][number] for name in ("gate", "up", "down")))
+        found = found + share[:, number, None] * each
+    return found
 
 
 def logits(weights: dict[str, np.ndarray], reader: GGUFReader, tokens: list[int]) -> np.ndarray:
@@ -75,8 +99,10 @@ def logits(weights: dict[str, np.ndarray], reader: GGUFReader, tokens: list[int]
         mixed = np.einsum("htr,hvr->thv", share @ latent, own["attn_v_b.weight"])
         x = x + mixed.reshape(count, -1) @ own["attn_output.weight"].T
         h = norm(x, own["ffn_norm.weight"], eps)
-        gate = h @ own["ffn_gate.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ own["ffn_up.weight"].T)) @ own["ffn_down.weight"].T
+        if layer < key["leading_dense_block_count"]:
+            x = x + feed_forward(h, *(own[f"ffn_{name}.weight"] for name in ("gate", "up", "down")))
+        else:
+            x = x + mixture(h, own, key)
     return norm(x, weights["output_norm.weight"], eps) @ weights.get("output.weight", weights["token_embd.weight"]).T
 
 
@@ -91,6 +117,32 @@ def test_its_numbers_are_the_checkpoints(fields: dict, tmp_path: Path) -> None:
     # transformers makes cos and sin in float32 also where everything else is float64.
     assert np.abs(logits(weights, reader, tokens) - expected).max() < 1e-5 * np.abs(expected).max()
     assert ("output.weight" in weights) == ("tie_word_embeddings" not in fields)
+
+
+def test_experts(tmp_path: Path) -> None:
+    """The file is right whatever the shift is worth; the student has no shift at all."""
+    student = exported_mixtral(tmp_path / "it").student
+    weights, reader = written(tmp_path / "it", tmp_path / "it.gguf", "f32")
+    tokens = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        expected = student(torch.tensor([tokens])).logits[0].numpy()
+    assert np.abs(logits(weights, reader, tokens) - expected).max() < 3e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0"])
+def test_experts_are_stored_as_the_kind_says(kind: str, tmp_path: Path) -> None:
+    exported_mixtral(tmp_path / "it", dtype=torch.bfloat16)
+    weights, reader = written(tmp_path / "it", tmp_path / "it.gguf", kind)
+    kinds = {tensor.name: tensor.tensor_type.name.lower() for tensor in reader.tensors}
+    stored = load_file(tmp_path / "it" / "model.safetensors")
+    for name in ("gate", "up", "down"):
+        assert kinds[f"blk.1.ffn_{name}_exps.weight"] == kinds[f"blk.1.ffn_{name}_shexp.weight"] == kind
+        assert not weights[f"blk.1.ffn_{name}_shexp.weight"].any()
+        for number, found in enumerate(weights[f"blk.1.ffn_{name}_exps.weight"]):
+            wanted = stored[f"model.layers.1.mlp.experts.{number}.{name}_proj.weight"].double().numpy()
+            assert np.abs(found - wanted).max() <= (0 if kind == "bf16" else 0.01 * np.abs(wanted).max())
+    assert kinds["blk.1.ffn_gate_inp.weight"] == "f32"
+    assert (weights["blk.1.ffn_gate_inp.weight"] == stored["model.layers.1.mlp.gate.weight"].double().numpy()).all()
 
 
 def test_what_is_quantised_and_what_is_not(tmp_path: Path) -> None:
@@ -146,6 +198,7 @@ def test_sentencepiece_keeps_the_order_of_its_merges(tmp_path: Path) -> None:
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+SOFTMAX = {"first_k_dense_replace": 1, "scoring_func": "softmax", "topk_method": "greedy"}
 REFUSED = {
     "biases": ({"attention_bias": True, "q_lora_rank": 32}, "biases on q_a_proj"),
     "llama3": (
@@ -162,7 +215,11 @@ REFUSED = {
     "half-split": ({"rope_interleave": False}, "rotary pairs"),
     "activation": ({"hidden_act": "gelu"}, "an activation other than silu"),
     "eps": ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05"),
-    "experts": ({"first_k_dense_replace": 1}, "experts"),
+    "experts": ({"first_k_dense_replace": 1}, "experts (from layer 1 on) that are not weighed by a softmax"),
+    "experts without a sum of one": (SOFTMAX | {"norm_topk_prob": False}, "not weighed by a softmax"),
+    "experts in groups": (SOFTMAX | {"n_routed_experts": 4, "n_group": 2}, "by groups"),
+    "experts with a bias": (SOFTMAX | {"topk_method": "noaux_tc"}, "with a bias"),
+    "experts here and there": (SOFTMAX | {"moe_layer_freq": 2}, "in some layers"),
     "26 layers with a query latent": (
         {"num_hidden_layers": 26, "first_k_dense_replace": 26, "q_lora_rank": 8}, "such depths for DeepSeek-V2-Lite"
     ),

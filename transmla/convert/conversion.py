@@ -17,6 +17,13 @@ from transmla.convert.closed_form import closed_form_weights
 from transmla.convert.key_norm import describe_key_errors, fit_keys, with_linear_keys
 from transmla.convert.latent_norm import norm_weights
 from transmla.convert.refit import refit_outputs
+from transmla.convert.router_calibration import (
+    RouterFit,
+    describe_routers,
+    measure_routers,
+    observed,
+    router_moments,
+)
 from transmla.convert.search import search, split
 from transmla.families import Family, SourceAttention, family_of
 from transmla.families.family import SourceModule
@@ -36,7 +43,8 @@ class Findings:
 
     settings, geometry: with what a search chose. choices: a line for each decision of a search. output_scales: E|o|² of
     every attention of the source. key_errors: by layer, the mean share of the keys' variance that no linear map
-    explains; empty where keys pass no norm.
+    explains; empty where keys pass no norm. routers: by layer, what an export needs to write them as DeepSeek's; empty
+    where they stay as they are.
     """
 
     settings: Convert
@@ -44,17 +52,30 @@ class Findings:
     choices: list[str]
     output_scales: list[float]
     key_errors: list[float]
+    routers: list[RouterFit]
 
     def describe(self) -> dict[str, Any]:
-        """What an artifact keeps of it: dimensions, choices, and what linear keys lose."""
+        """What an artifact keeps of it: dimensions, choices, what linear keys lose, and sigmoids for a softmax."""
         kept: dict[str, Any] = {"geometry": self.geometry.describe(), "choices": self.choices}
-        return kept | ({"key_regression_error": self.key_errors} if self.key_errors else {})
+        kept |= {"key_regression_error": self.key_errors} if self.key_errors else {}
+        return kept | ({"router_error": [fit.describe() for fit in self.routers]} if self.routers else {})
 
     def notes(self) -> list[str]:
         """Sentences for the user."""
         rope = self.geometry.stock_rope
         notes = self.choices + ([f"rotation: {describe_stock_rope(rope)}"] if rope else [])
-        return notes + ([describe_key_errors(self.key_errors)] if self.key_errors else [])
+        notes += [describe_key_errors(self.key_errors)] if self.key_errors else []
+        routers = [fit.describe() for fit in self.routers]
+        return notes + ([f"router: {describe_routers(routers)}"] if routers else [])
+
+    @property
+    def router_shifts(self) -> Tensor | None:
+        """By layer, what an export shifts a router's logits by: [2, layers, D], float64; see `RouterShift`."""
+        if not self.routers:
+            return None
+        shifts = [fit.shift for fit in self.routers]
+        both = [[shift.one for shift in shifts], [shift.largest for shift in shifts]]
+        return torch.stack([torch.stack(rows) for rows in both]).cpu()
 
 
 @dataclass(kw_only=True)
@@ -79,7 +100,11 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
     """
     windows, held_out = split(windows, settings)
     batches = windows.split(settings.calibration.batch_size)
-    statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches))
+    layers = range(len(source.model.layers)) if settings.router == "stock" else ()
+    moments = router_moments(source, layers, source.device) if layers else {}
+    with observed(moments):
+        statistics = calibrate(source, batches, length=windows.shape[1], total=len(batches))
+    routers = measure_routers(source, moments, batches, len(batches)) if layers else []
     choices: list[str] = []
     geometry = derive_geometry(source.config, settings)
     if held_out is not None:
@@ -103,6 +128,7 @@ def convert_model(source: PreTrainedModel, settings: Convert, windows: Tensor) -
         fitted_on=windows,
         output_scales=[layer.output_mean_square for layer in statistics],
         key_errors=[float(error.mean()) for error in errors],
+        routers=routers,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transmla.convert.calibration import LayerStatistics, calibrate_layer
 from transmla.convert.conversion import Findings, drift_of, linear_attention, solve_attention
 from transmla.convert.refit import refit_layer
+from transmla.convert.router_calibration import RouterErrors, RouterFit, observed, require_small, router_moments
 from transmla.convert.search import folds_of, split
 from transmla.families import family_of
 from transmla.families.student_config import student_config
@@ -105,6 +107,7 @@ class _Streaming:
         self.folds: list[int] = []
         self.scales: list[float] = []
         self.key_errors: list[float] = []
+        self.routers: list[RouterFit] = []
 
     def begin(self) -> None:
         """Fill the streams from the embedding."""
@@ -120,9 +123,7 @@ class _Streaming:
     def convert_layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of one student layer, by name; the source's layer is in memory."""
         source, device = self.source.layers, self.source.device
-        statistics = calibrate_layer(
-            source.model, index, lambda: self._calibrate(index), length=self.windows.shape[1], device=device
-        )
+        statistics = self._measure(index)
         self.scales.append(statistics.output_mean_square)
         attention = self._solve(index, statistics)
         if statistics.key_error is not None:
@@ -141,12 +142,28 @@ class _Streaming:
         layer.to("meta")
         return found
 
-    def _calibrate(self, index: int) -> None:
-        """Pass the calibration text through the layer; a refit, which needs the states before it, moves them on."""
+    def _measure(self, index: int) -> LayerStatistics:
+        """What the layer does with the calibration text; its router is looked at twice, where it becomes DeepSeek's."""
+        source, device = self.source.model, self.source.device
+        moments = router_moments(source, [index], device) if self.settings.router == "stock" else {}
+        run = partial(self._pass_text, index, keep=not moments)
+        with observed(moments):
+            statistics = calibrate_layer(source, index, run, length=self.windows.shape[1], device=device)
+        for router, seen in moments.items():
+            errors = RouterErrors(seen.shift())
+            with observed({router: errors}):
+                self._pass_text(index, keep=True)
+            self.routers.append(errors.result())
+            require_small(self.routers[-1], index, self.source.dtype)
+        return statistics
+
+    def _pass_text(self, index: int, *, keep: bool) -> None:
+        """Pass the calibration text through the layer. keep: the states behind it take the place of those before it;
+        where there is a refit, which needs the latter, it does that."""
         source = self.source.layers
         for rows in batches_of(self.windows, self.batch_size):
             states = source.run(index, self.original.get(rows, self.source.device))
-            if self.own is None:
+            if keep and self.own is None:
                 self.original.put(rows, states)
 
     def _solve(self, index: int, statistics: LayerStatistics) -> dict[str, Tensor]:
@@ -202,6 +219,7 @@ class _Streaming:
             choices=choices,
             output_scales=self.scales,
             key_errors=self.key_errors,
+            routers=self.routers,
             student=self.student,
             seconds=seconds,
         )

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from transmla.export.deepseek_config import deepseek_config
+from transmla.export.deepseek_names import name_map, template
 from transmla.export.deepseek_weights import export_tensors
 from transmla.export.older_readers import add_old_fields, save_tokenizer
 from transmla.hardware import trim_memory
@@ -24,20 +26,31 @@ Student = PreTrainedModel | LayeredModel
 
 
 def save_deepseek(
-    student: Student, tokenizer: PreTrainedTokenizerBase, section: Export, dtype: torch.dtype, folder: Path
+    student: Student,
+    tokenizer: PreTrainedTokenizerBase,
+    section: Export,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    shifts: Tensor | None = None,
 ) -> None:
-    """Sharded safetensors, configuration, generation configuration, tokenizer and chat template."""
+    """Sharded safetensors, configuration, generation configuration, tokenizer and chat template.
+
+    Args:
+        shifts: of the routers' logits, as a conversion keeps them beside its student; for experts alone.
+    """
     source = _model(student)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(deepseek_config(source.config, section.layout, dtype))
     model.to(dtype)  # type: ignore[arg-type]  # transformers' `to` is typed without its self
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    filled = name_map(source.config).filled
+    wanted = {name: value.shape for name, value in model.state_dict().items() if template(name)[0] not in filled}
     weights = WeightShards(folder, bytes_of(section.max_shard_size))
     for part in _parts(student):
-        tensors = export_tensors(part, source.config, section.layout, dtype)
+        tensors = export_tensors(part, source.config, section.layout, dtype, shifts=shifts)
         for name, value in tensors.items():
             assert wanted.pop(name, None) == value.shape, f"{name} is no tensor of the format, or of another shape"
-        weights.add(tensors)
+        weights.add(revert_weight_conversion(model, tensors))  # one matrix per expert, as DeepSeek's files have them
     assert not wanted, f"nothing was exported for {sorted(wanted)}"
     weights.close()
     model.generation_config = GenerationConfig.from_dict(source.generation_config.to_dict())

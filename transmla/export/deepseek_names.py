@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 
 from transmla.export.expressible import has_latent_norm
 from transmla.export.latent_blocks import is_grouped
-from transmla.modeling.config_facts import is_tied, latent_heads
+from transmla.modeling.config_facts import has_experts, is_tied, latent_heads
+from transmla.sources.weights import FILLED
 
 LAYER, ATTENTION = "model.layers.{}.", "model.layers.{}.self_attn."
 
@@ -27,9 +28,16 @@ OUTSIDE = {
 IN_LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "post_attention_layernorm.weight": "post_attention_layernorm.weight",
+}
+DENSE = {
     "mlp.gate_proj.weight": "mlp.gate_proj.weight",
     "mlp.up_proj.weight": "mlp.up_proj.weight",
     "mlp.down_proj.weight": "mlp.down_proj.weight",
+}
+EXPERTS = {
+    "mlp.gate.weight": "mlp.gate.weight",
+    "mlp.experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "mlp.experts.down_proj": "mlp.experts.down_proj",
 }
 LATENTS = {
     "kv_a_proj_with_mqa.weight": "kv_a_proj_with_mqa.weight",
@@ -51,17 +59,21 @@ BIASES_BEHIND_A_NORM = {"kv_a_proj_with_mqa.bias": "kv_a_proj_with_mqa.bias", "k
 LINEAR_NORM = ("kv_a_layernorm.weight",)
 LINEAR_QUERY_NORM = ("q_a_layernorm.weight",)
 IDENTITY_QUERY_LATENT = ("q_a_proj.weight", "q_a_proj.bias", "q_a_layernorm.weight", "o_proj.bias")
+SHARED_EXPERT = ("gate_proj", "up_proj", "down_proj")  # DeepSeek always has one; here its weights are zero
 
 
 @dataclass(frozen=True)
 class NameMap:
     """Names with `{}` for the number of the layer.
 
-    to_deepseek: by the student's name. added: DeepSeek's tensors that the exporter makes by itself.
+    to_deepseek: by the student's name. added: DeepSeek's tensors that the exporter makes by itself. filled: a router's,
+    in no file: transformers fills it with zeros. With it vLLM does not load a checkpoint whose `topk_method` is greedy,
+    and SGLang takes a sigmoid for the softmax.
     """
 
     to_deepseek: dict[str, str]
     added: frozenset[str]
+    filled: frozenset[str] = frozenset()
 
     @property
     def from_deepseek(self) -> dict[str, tuple[str, ...]]:
@@ -103,11 +115,15 @@ def name_map(config: PretrainedConfig) -> NameMap:
     if is_grouped(config):
         attention = _by_latent(attention, 0 if is_tied(config) else latent_heads(config))
         added += UP.values() if is_tied(config) else ()
+    sparse = has_experts(config)
+    inside = IN_LAYER | (EXPERTS if sparse else DENSE)
+    shared = [f"{LAYER}mlp.shared_experts.{name}.weight" for name in SHARED_EXPERT] if sparse else []
     return NameMap(
         to_deepseek=OUTSIDE
-        | {LAYER + student: LAYER + deepseek for student, deepseek in IN_LAYER.items()}
+        | {LAYER + student: LAYER + deepseek for student, deepseek in inside.items()}
         | {ATTENTION + student: ATTENTION + deepseek for student, deepseek in attention.items()},
-        added=frozenset(ATTENTION + name for name in added),
+        added=frozenset([*(ATTENTION + name for name in added), *shared]),
+        filled=frozenset([LAYER + FILLED] if sparse else []),
     )
 
 

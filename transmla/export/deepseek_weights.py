@@ -5,6 +5,8 @@ Scaling the latent's rows of `kv_a` by s = 2^-30 makes mean(c²) vanish against 
 norm weight of sqrt(eps) / s restores the latent. That needs rms_norm_eps = 1e-6; for a source with another eps the
 whole residual stream is scaled by alpha = sqrt(1e-6 / eps), which every other norm undoes exactly.
 
+A student with experts (`mla_stock_router`) gets routers whose logits are shifted down (transmla.convert.router_shift).
+
 A student that has real norms on its latents (`mla_latent_norm`) keeps them: same weights, same eps, no scaling.
 """
 
@@ -16,39 +18,59 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from transmla.export.deepseek_names import ATTENTION, LAYER, NameMap, name_map, template
+from transmla.convert.router_shift import RouterShift
+from transmla.export.deepseek_names import ATTENTION, LAYER, SHARED_EXPERT, NameMap, name_map, template
 from transmla.export.dimensions import EPS, LATENT_SCALE, Dimensions, export_dimensions, rope_slots, student_dimensions
 from transmla.export.expressible import blocking_dtype, blocking_feature, has_latent_norm
 from transmla.export.latent_blocks import whole_up_projection
 from transmla.geometry.rotary import logit_factor
 
 # What writes into the residual stream: scaled where the source's eps is another than the format's.
-RESIDUAL_WRITERS = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight")
+RESIDUAL_WRITERS = (
+    "self_attn.o_proj.weight",
+    "self_attn.o_proj.bias",
+    "mlp.down_proj.weight",
+    "mlp.experts.down_proj",
+)
 
+
+ROUTER = "mlp.gate.weight"
 
 BLOCK = 2**24  # numbers that exist in float64 at a time while a large matrix is scaled
 
 
-def export_state(student: PreTrainedModel, layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def export_state(
+    student: PreTrainedModel, layout: str, dtype: torch.dtype, *, shifts: Tensor | None = None
+) -> dict[str, Tensor]:
     """State dict of the DeepSeek-V3 model, computed in float64 and stored in `dtype`, on the CPU.
 
-    Exact up to that rounding: logits of the exported model equal the student's.
+    Exact up to that rounding: logits of the exported model equal the student's. Routers are float32 at least, as
+    transformers has them.
+
+    Args:
+        shifts: of the routers' logits, [2, layers, D] (`Findings.router_shifts`); None where there are no experts.
 
     Raises:
         ValueError: the student has a feature that the format cannot express, or weights that `dtype` cannot hold.
     """
     head = {"lm_head.weight": student.get_output_embeddings().weight}  # a tied one may be no entry of its own
-    return export_tensors(student.state_dict() | head, student.config, layout, dtype)
+    return export_tensors(student.state_dict() | head, student.config, layout, dtype, shifts=shifts)
 
 
 @torch.no_grad()
 def export_tensors(
-    state: Mapping[str, Tensor], config: PretrainedConfig, layout: str, dtype: torch.dtype
+    state: Mapping[str, Tensor],
+    config: PretrainedConfig,
+    layout: str,
+    dtype: torch.dtype,
+    *,
+    shifts: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Some tensors of the DeepSeek-V3 model, as in `export_state`.
 
     Args:
-        state: tensors of the student by name; of an attention all or none. config: of the student.
+        state: tensors of the student by name; of an attention all or none. config: of the student. shifts: as in
+            `export_state`.
     """
     if (reason := blocking_feature(config) or blocking_dtype(config, dtype)) is not None:
         raise ValueError(f"export: {reason}")
@@ -63,6 +85,10 @@ def export_tensors(
             attention.setdefault(layer, {})[pattern.removeprefix(ATTENTION)] = value.double().cpu()
             continue
         value = value.detach().cpu()
+        if inside == ROUTER:
+            assert layer is not None and shifts is not None, "a student with mla_stock_router has them beside it"
+            out |= _router(value, RouterShift(*shifts[:, layer]), config, layer, dtype)
+            continue
         if name.endswith("o_proj.weight"):
             value = _pad_columns(value, config.num_attention_heads, own.v_head_dim, to.v_head_dim)
         scaled = name == "model.embed_tokens.weight" or inside in RESIDUAL_WRITERS
@@ -75,6 +101,19 @@ def export_tensors(
         for name, value in _attention_state(weights, config, own, to, names).items():
             out[f"{prefix}{name}"] = value.to(dtype)
     return {name: value.contiguous().clone() for name, value in out.items()}
+
+
+def _router(
+    weight: Tensor, shift: RouterShift, config: PretrainedConfig, layer: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """A router [E, D] whose logits are shifted down, and the shared expert that its layer gets, of zeros."""
+    prefix, size, hidden = LAYER.format(layer), config.intermediate_size, config.hidden_size
+    shifted = weight.double() - shift.at(dtype)
+    out = {f"{prefix}{ROUTER}": shifted.to(torch.promote_types(dtype, torch.float32))}
+    for name in SHARED_EXPERT:
+        shape = (hidden, size) if name == "down_proj" else (size, hidden)
+        out[f"{prefix}mlp.shared_experts.{name}.weight"] = torch.zeros(shape, dtype=dtype)
+    return out
 
 
 def _scaled(value: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from transmla.errors import RecipeError
 from transmla.export.dimensions import EPS, PADDED
 from transmla.geometry.rotary import context_for_fixed_betas, rope_types
-from transmla.modeling.config_facts import shortest_sliding_window
+from transmla.modeling.config_facts import has_experts, shortest_sliding_window
 
 TABLE = Path(__file__).with_name("engine_table.yaml")
 
@@ -56,9 +56,11 @@ def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str,
     """
     padded = (PADDED["kv_lora_rank"], PADDED["qk_rope_head_dim"])
     sparse = config.first_k_dense_replace < config.num_hidden_layers
+    shifted = getattr(config, "router_shifted", False)  # as an export of this package says
     found = {
         "all_dense": not sparse,
-        "softmax_experts": sparse and getattr(config, "scoring_func", None) == "softmax",
+        "softmax_experts": sparse and _has_softmax(config) and not shifted,
+        "shifted_experts": sparse and _has_softmax(config) and shifted,
         "attention_bias": config.attention_bias,
         "tied_head": config.tie_word_embeddings,
         "linear_norm": linear_norm,
@@ -76,6 +78,10 @@ def stock_features(config: PretrainedConfig, *, linear_norm: bool) -> tuple[str,
         "other_activation": config.hidden_act != "silu",
     }
     return tuple(name for name, there in found.items() if there)
+
+
+def _has_softmax(config: PretrainedConfig) -> bool:
+    return getattr(config, "scoring_func", None) == "softmax"
 
 
 def _is_lite(config: PretrainedConfig) -> bool:
@@ -104,7 +110,7 @@ def own_features(config: PretrainedConfig) -> tuple[str, ...]:
         "own_window": shortest_sliding_window(config) is not None,
         "own_softcap": getattr(config, "attn_logit_softcapping", None) is not None,  # a field of Gemma's alone
         "own_query_norm": config.mla_query_norm_dim is not None,
-        "own_experts": getattr(config, "num_local_experts", None) is not None,  # a field of Mixtral's alone
+        "own_experts": has_experts(config),
     }
     return tuple(name for name, there in found.items() if there)
 

@@ -87,8 +87,14 @@ def model_on_disk(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")
+
+
 class _StoredTensors(Mapping[str, "Tensor"]):
-    """Tensors of a directory by name, each read when it is asked for. tied: other names of some."""
+    """Tensors of a directory by name, each read when it is asked for. tied: other names of some.
+
+    DeepSeek's experts, which are stored one by one, have the names and shapes that they have in the model too.
+    """
 
     def __init__(self, folder: Path, tied: Mapping[str, str]) -> None:
         from safetensors import safe_open
@@ -102,11 +108,28 @@ class _StoredTensors(Mapping[str, "Tensor"]):
                 self.files |= dict.fromkeys(stored.keys(), file)
         self.names = {name: name for name in self.files}
         self.names |= {name: other for name, other in tied.items() if other in self.files}
+        self.experts: dict[str, int] = {}  # how many a tensor of the model has
+        for expert in filter(None, map(EXPERT.fullmatch, self.files)):
+            name = f"{expert['experts']}.{'down_proj' if expert['matrix'] == 'down' else 'gate_up_proj'}"
+            self.experts[name] = max(self.experts.get(name, 0), int(expert["number"]) + 1)
+        self.names |= {name: name for name in self.experts}
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self.experts:
+            return self._stacked(name)
         stored = self.names[name]
         with self.open(self.files[stored]) as file:
             return file.get_slice(stored)[...].float()
+
+    def _stacked(self, name: str) -> Tensor:
+        """All experts' matrices in one: [E, D, I], or [E, 2 I, D] with gate above up."""
+        import torch
+
+        experts, _, matrix = name.rpartition(".")
+        parts = ("down",) if matrix == "down_proj" else ("gate", "up")
+        numbers = range(self.experts[name])
+        rows = [[self[f"{experts}.{number}.{part}_proj.weight"] for part in parts] for number in numbers]
+        return torch.stack([torch.cat(row) for row in rows])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

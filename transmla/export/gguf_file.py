@@ -11,6 +11,7 @@ from gguf import (
     GGML_QUANT_VERSION,
     MODEL_ARCH,
     MODEL_ARCH_NAMES,
+    ExpertGatingFuncType,
     GGMLQuantizationType,
     GGUFWriter,
     LlamaFileType,
@@ -126,9 +127,9 @@ def _add_metadata(writer: GGUFWriter, config: PretrainedConfig, name: str, file_
     writer.add_key_length_mla(config.qk_nope_head_dim + rope)
     writer.add_value_length_mla(config.v_head_dim)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_leading_dense_block_count(config.num_hidden_layers)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)  # asked for, though no layer has experts
-    writer.add_expert_shared_count(0)
+    writer.add_leading_dense_block_count(min(config.first_k_dense_replace, config.num_hidden_layers))
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)  # asked for, also where no layer has experts
+    _add_experts(writer, config)
     writer.add_rope_dimension_count(rope)
     parameters = config.rope_parameters
     writer.add_rope_freq_base(parameters["rope_theta"])
@@ -139,3 +140,16 @@ def _add_metadata(writer: GGUFWriter, config: PretrainedConfig, name: str, file_
         assert context is not None, "gguf_limits refuses it"
         writer.add_rope_scaling_orig_ctx_len(context)
         writer.add_rope_scaling_yarn_log_mul(0.1 * parameters["mscale_all_dim"])  # llama.cpp divides it by 0.1
+
+
+def _add_experts(writer: GGUFWriter, config: PretrainedConfig) -> None:
+    """How experts are chosen and weighed, where there are some (`gguf_limits` refuses other ways)."""
+    if config.first_k_dense_replace >= config.num_hidden_layers:
+        writer.add_expert_shared_count(0)
+        return
+    writer.add_expert_count(config.n_routed_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SOFTMAX)
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)

@@ -1,12 +1,13 @@
 """The tensors of a DeepSeek checkpoint as llama.cpp has them, one at a time.
 
-Names are llama.cpp's, `kv_b_proj` is split by heads into the two halves that its absorbed attention multiplies with.
+Names are llama.cpp's. `kv_b_proj` is split by heads into the two halves that its absorbed attention multiplies with.
+The experts of a layer are one tensor.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,21 +27,23 @@ from transmla.sources.weight_files import weight_files
 # Rows that write a latent are scaled by 2^-30 in an exported model: float16, and the float16 scales of every quantised
 # format, would make zeros of them.
 KEPT = ("attn_kv_a_mqa", "attn_q_a")
+ROUTER = "ffn_gate_inp"  # always float32: which experts are chosen hangs on it, and it is small
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>\w+)\.weight")
 NUMBER = re.compile(r"\d+")
-Take = Callable[[Tensor], Tensor]
+Take = Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
 class Entry:
     """One tensor of the file: its name there, its shape, how its numbers are stored, and how it is made.
 
-    source: the checkpoint's tensor. take: what of it.
+    sources: the checkpoint's tensors. take: what of them.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    source: str
+    sources: tuple[str, ...]
     take: Take
 
     @property
@@ -58,39 +61,51 @@ def entries(config: PretrainedConfig, stored: Mapping[str, Stored], kind: GGMLQu
     """
     names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config.num_hidden_layers)
 
-    def entry(name: str, shape: tuple[int, ...], source: str, take: Take) -> Entry:
+    def entry(name: str, shape: tuple[int, ...], take: Take, *sources: str) -> Entry:
         found = names.get_name(name, try_suffixes=(".weight",))
         assert found is not None, f"{name} has no name in the format"
-        return Entry(found, shape, stored_kind(found, shape, kind), source, take)
+        return Entry(found, shape, stored_kind(found, shape, kind), sources, take)
 
     heads, rank, nope, wide = (
         getattr(config, name) for name in ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
     )
 
-    def keys(value: Tensor) -> Tensor:
+    def keys(values: Sequence[Tensor]) -> Tensor:
         """`kv_b_proj` [H (nope + v), R] -> [H, R, nope], transposed for the absorbed product."""
-        return value.unflatten(0, (heads, -1))[:, :nope].transpose(1, 2)
+        return values[0].unflatten(0, (heads, -1))[:, :nope].transpose(1, 2)
 
-    def values(value: Tensor) -> Tensor:
+    def values(values: Sequence[Tensor]) -> Tensor:
         """`kv_b_proj` [H (nope + v), R] -> [H, v, R]."""
-        return value.unflatten(0, (heads, -1))[:, nope:]
+        return values[0].unflatten(0, (heads, -1))[:, nope:]
+
+    def itself(values: Sequence[Tensor]) -> Tensor:
+        return values[0]
+
+    def stacked(values: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(values))
 
     out = []
     for name in sorted(stored, key=_by_layer):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if name.endswith("kv_b_proj.weight"):
-            out.append(entry(name.replace("kv_b_proj", "k_b_proj"), (heads, rank, nope), name, keys))
-            out.append(entry(name.replace("kv_b_proj", "v_b_proj"), (heads, wide, rank), name, values))
+            out.append(entry(name.replace("kv_b_proj", "k_b_proj"), (heads, rank, nope), keys, name))
+            out.append(entry(name.replace("kv_b_proj", "v_b_proj"), (heads, wide, rank), values, name))
+        elif expert := EXPERT.fullmatch(name):
+            if expert["number"] == "0":
+                count, place = config.n_routed_experts, (expert["experts"], expert["matrix"])
+                parts = [f"{place[0]}.{number}.{place[1]}.weight" for number in range(count)]
+                shape = (count, *stored[name].shape)
+                out.append(entry(f"{place[0]}.{place[1]}.weight", shape, stacked, *parts))
         else:
-            out.append(entry(name, stored[name].shape, name, lambda value: value))
+            out.append(entry(name, stored[name].shape, itself, name))
     return out
 
 
 def stored_kind(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """How one tensor's numbers are stored in a file of a kind: vectors are float32, as llama.cpp wants them; what a
-    quantised format cannot hold is bfloat16."""
-    if len(shape) == 1:
+    """How one tensor's numbers are stored in a file of a kind: vectors and routers are float32, as llama.cpp wants
+    them; what a quantised format cannot hold is bfloat16."""
+    if len(shape) == 1 or f".{ROUTER}." in name:
         return GGMLQuantizationType.F32
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.BF16):
         return kind
@@ -99,14 +114,14 @@ def stored_kind(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -
 
 
 def numbers(folder: Path, key: str, wanted: list[Entry]) -> Iterator[np.ndarray]:
-    """The content of each entry in turn; no more than one tensor is in memory. key: for errors."""
+    """The content of each entry in turn; no more than what one is made of is in memory. key: for errors."""
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in weight_files(folder, key):
             opened = stack.enter_context(safe_open(file, framework="pt"))
             where |= dict.fromkeys(opened.keys(), opened)
         for entry in wanted:
-            value = entry.take(where[entry.source].get_tensor(entry.source)).contiguous()
+            value = entry.take([where[name].get_tensor(name) for name in entry.sources]).contiguous()
             assert tuple(value.shape) == entry.shape, f"{entry.name} has another shape than was written down"
             yield _numbers(value, entry.kind)
 

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from transmla.errors import RecipeError
 from transmla.export.fresh_process import FreshProcess, normalised
+from transmla.modeling.config_facts import has_experts
 from transmla.recipe.schema import Verify
 
 # Max |Δ log-probability| of a reload. In bfloat16 the weights that the eps trick scales are rounded a second time.
@@ -22,7 +23,8 @@ MAX_KL = 5e-3
 def memory_of_check(section: Verify, parameters: int, config: PretrainedConfig, *, by_module: bool = False) -> int:
     """Rough bytes of memory that the check takes at its fullest: one model in float32, or its largest module where
     weights are read by module, and the log-probabilities of both, of which one is in two processes."""
-    largest = config.hidden_size * max(config.vocab_size, config.intermediate_size)
+    stacked = 2 * config.num_local_experts if has_experts(config) else 1  # gates and ups of all experts are one tensor
+    largest = config.hidden_size * max(config.vocab_size, stacked * config.intermediate_size)
     weights = 2 * largest if by_module else parameters  # as it is stored, too
     return 4 * weights + 4 * 3 * section.tokens * config.vocab_size
 

@@ -119,6 +119,8 @@ class Family:
         shares is in transmla.export.expressible.
     notice: returns what the user should know about a conversion, or None.
     kernel: transformers' name of the attention that source and student run with by default.
+    router: decoder layer -> the module whose `weight` [E, D] and `top_k` choose experts by a softmax, for a family that
+        has them.
     plain_residual: whether the attention's output is added to the stream as it is, without a norm in between.
     """
 
@@ -136,6 +138,7 @@ class Family:
     inexpressible: Callable[[PretrainedConfig], str | None] = lambda config: None
     notice: Callable[[PretrainedConfig], str | None] = lambda config: None
     kernel: str = "sdpa"
+    router: Callable[[SourceModule], SourceModule] | None = None
     plain_residual: bool = True
 
     @property

@@ -1,8 +1,9 @@
 """Mixtral: Mistral's attention with a mixture of experts, which conversion leaves as it is."""
 
-from transformers import MixtralConfig
+from transformers import MixtralConfig, PretrainedConfig
 
 from transmla.families.family import NO_PLAN, Family
+from transmla.modeling.config_facts import has_stock_router
 
 
 class MLAMixtralConfig(MixtralConfig):
@@ -13,9 +14,19 @@ class MLAMixtralConfig(MixtralConfig):
     base_model_ep_plan = NO_PLAN
 
 
+def _inexpressible(config: PretrainedConfig) -> str | None:
+    if has_stock_router(config):
+        return None
+    return (
+        "stock transformers' DeepSeek routes to experts by sigmoid, Mixtral by softmax; convert.router=stock makes a "
+        "student whose router can be written as either"
+    )
+
+
 MIXTRAL = Family(
     model_type="mixtral",
     student_config=MLAMixtralConfig,
     architecture="MLAMixtralForCausalLM",
-    inexpressible=lambda config: "stock transformers' DeepSeek routes to experts by sigmoid, Mixtral by softmax",
+    inexpressible=_inexpressible,
+    router=lambda layer: layer.mlp.gate,
 )

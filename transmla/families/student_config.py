@@ -48,6 +48,7 @@ def student_config(source: PretrainedConfig, geometry: MLAGeometry, family: Fami
         mla_latent_norm=geometry.latent_norm,
         **({"mla_latent_heads": geometry.latent_heads} if geometry.latent_heads > 1 else {}),
         **({"mla_tied": True} if geometry.tied else {}),
+        **({"mla_stock_router": True} if geometry.stock_router else {}),
         architectures=[family.architecture],
     )
 

@@ -52,6 +52,7 @@ class MLAGeometry:
     latent_heads: int = 1
     tied: bool = False
     stock_rope: dict[str, Any] | None = None
+    stock_router: bool = False  # experts are exported as DeepSeek's
 
     @property
     def theta_power(self) -> float:
@@ -207,6 +208,7 @@ def derive_with(config: PretrainedConfig, convert: Convert, freqfold: tuple[int,
         latent_heads=convert.latent_heads,
         tied=convert.tied,
         stock_rope=stock_rope(config, head_dim, collapse, rope) if stock else None,
+        stock_router=convert.router == "stock",
     )
 
 

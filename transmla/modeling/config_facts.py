@@ -43,3 +43,13 @@ def latent_heads(config: PretrainedConfig) -> int:
 def is_tied(config: PretrainedConfig) -> bool:
     """Whether a head's value is its latent itself, and its key without rotation the latent's first half."""
     return getattr(config, "mla_tied", False)
+
+
+def has_stock_router(config: PretrainedConfig) -> bool:
+    """Whether what an export needs to write a student's router as DeepSeek's was measured by its conversion."""
+    return getattr(config, "mla_stock_router", False)
+
+
+def has_experts(config: PretrainedConfig) -> bool:
+    """Whether the feed-forward layers of a student are mixtures of experts."""
+    return bool(getattr(config, "num_local_experts", None))  # a field of Mixtral's alone

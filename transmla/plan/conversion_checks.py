@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from transmla.errors import RecipeError
 from transmla.export.formats import Format, choose_format
-from transmla.families import family_of
+from transmla.families import Family, family_of
 from transmla.families.student_config import student_config
 from transmla.geometry import MLAGeometry, candidates, derive_geometry
 from transmla.recipe.schema import Recipe
@@ -59,9 +59,25 @@ def check_conversion(recipe: Recipe, dtype: torch.dtype, *, exports: bool) -> Co
             "the source has a bias on the attention's output too, which no feature of its input carries, and its "
             "export is the student's own class, which has biases; use keep",
         )
+    if section.router == "stock":
+        _check_router(config, family)
     calibration = section.calibration
     if section.searched and calibration.tokens < 2 * calibration.max_length:
         raise RecipeError(
             "convert.calibration.tokens", "one window cannot be measured on and judge what is auto; use more"
         )
     return found[0]
+
+
+def _check_router(config: PretrainedConfig, family: Family) -> None:
+    """Check that there are experts which DeepSeek's router can choose.
+
+    Raises:
+        RecipeError: there are none.
+    """
+    if family.router is None:
+        raise RecipeError("convert.router", f"a {config.model_type} has no experts to route to; use keep")
+    if config.num_local_experts < 2:
+        raise RecipeError(
+            "convert.router", "DeepSeek's router chooses among two experts at least, this is one; use keep"
+        )

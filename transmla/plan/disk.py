@@ -52,12 +52,20 @@ def bytes_by_artifact(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dt
     states = len(recipe.evaluate.data) * (recipe.evaluate.tokens + config.vocab_size) * config.hidden_size * width
     return Bytes(
         model=width * sizes.student,
-        exported=export_width * (sizes.student + config.vocab_size * config.hidden_size),  # the head is never tied
+        exported=export_width * (sizes.student + _added(recipe, config)),
         states=states,
         checkpoints=[_checkpoint_bytes(stage, sizes) for stage in recipe.recover],
         written=_written_bytes(recipe),
         recorded=_recorded_bytes(recipe),
     )
+
+
+def _added(recipe: Recipe, config: PretrainedConfig) -> int:
+    """Numbers that an export has beside its student's: a head, which is never tied, and shared experts of zeros."""
+    head = config.vocab_size * config.hidden_size
+    if recipe.convert.router == "keep":
+        return head
+    return head + 3 * config.num_hidden_layers * config.hidden_size * config.intermediate_size
 
 
 def bytes_on_disk(recipe: Recipe, sizes: Sizes, config: PretrainedConfig, dtype: torch.dtype) -> int:

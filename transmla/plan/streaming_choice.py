@@ -193,6 +193,8 @@ def _moments(recipe: Recipe, config: PretrainedConfig) -> int:
     count = 3 * hidden**2 + heads * recipe.convert.calibration.max_length
     if family_of(config).head_norms is not None:
         count += heads * width**2 + 2 * (config.num_key_value_heads or heads) * width * hidden
+    if recipe.convert.router == "stock":
+        count += hidden**2
     return 8 * count
 
 

@@ -64,6 +64,8 @@ class Convert(Section):
     latent_heads: Dimension = 1  # latents that kv_lora_rank is cut into, each for its share of the heads (GLA)
     tied: bool = False  # a head's value is its latent, its key without rotation the latent's first half (GTA)
     rope: Literal["keep", "stock"] = "keep"  # stock: a scaled embedding becomes the nearest that every engine knows
+    # stock: a router's softmax in the form of DeepSeek's sigmoid, so that experts are exported as a stock checkpoint
+    router: Literal["keep", "stock"] = "keep"
     latent_norm: bool = False  # a real RMSNorm on the latents, as DeepSeek has, in place of none
     streaming: bool | Literal["auto"] = "auto"  # read the source layer by layer; auto: where both models do not fit
     calibration: Calibration

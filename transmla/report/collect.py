@@ -67,6 +67,7 @@ def collect(
             "max_abs_logprob_diff": export["max_abs_logprob_diff"],
         },
         "key_regression_error": conversion.get("key_regression_error"),
+        **({"router_error": conversion["router_error"]} if "router_error" in conversion else {}),
         "training": logs,
         "versions": versions,
         "seed": recipe.seed,

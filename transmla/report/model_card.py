@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transmla.convert.router_calibration import describe_routers
 from transmla.files import read_json, save_whole
 from transmla.recipe.local_paths import paths_in, short_names, shortened
 from transmla.recipe.schema import Recipe
@@ -220,6 +221,8 @@ def _limits(report: dict[str, Any], metadata: dict[str, Any], recipe: Recipe) ->
             f"The original's keys pass a norm, which a linear map replaces: {100 * sum(errors) / len(errors):.1f} % of "
             "their variance was not explained before training."
         )
+    if errors := report.get("router_error"):
+        rows.append(f"Experts: {describe_routers(errors)}.")
     if report["left_out"]:
         rows.append(f"Not measured: {', '.join(report['left_out'])}.")
     missed = [entry["requirement"] for entry in report["required"] if not entry["met"]]

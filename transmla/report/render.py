@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transmla.convert.router_calibration import describe_routers
 from transmla.files import save_whole
 from transmla.geometry import MLAGeometry
 from transmla.geometry.rotary import describe_stock_rope
@@ -48,6 +49,8 @@ def render(report: dict[str, Any]) -> str:
             "layer).",
             "",
         ]
+    if errors := report.get("router_error"):
+        lines += [f"Experts: {describe_routers(errors)}.", ""]
     for dataset in next(iter(report["quality"].values()), {}):
         lines += quality_table(report, dataset)
     if report["left_out"]:

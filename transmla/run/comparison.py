@@ -122,7 +122,8 @@ def _save_stock(run: Run, done: Compared, calibration: Tensor, scratch: Path, me
     for note in chosen.notes:
         run.say(f"[{run.recipe.name}] note: {note}")
     metadata |= chosen.serving()
-    save_deepseek(done.conversion.student, run.tokenizer, section, dtype, scratch)
+    shifts = done.conversion.router_shifts
+    save_deepseek(done.conversion.student, run.tokenizer, section, dtype, scratch, shifts=shifts)
     tokens = calibration[:1, : section.verify.tokens]
     expected = log_probabilities(done.conversion.student.float().cpu(), tokens)
     metadata["max_abs_logprob_diff"] = check_reload(scratch, tokens, expected, section.verify, dtype)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,10 +15,9 @@ from transmla.run.artifacts import current, make
 from transmla.run.context import Run
 from transmla.run.datasets import calibration_windows
 from transmla.run.lineage import students_to_make
+from transmla.run.statistics import save_statistics
 from transmla.sources.layered_model import save_configuration
 from transmla.sources.weight_shards import WeightShards
-
-STATISTICS = "statistics.safetensors"  # beside every student: E|o|² of every source attention
 
 
 def convert_where_needed(run: Run) -> None:
@@ -65,7 +61,7 @@ def stream_converted(run: Run, windows: Tensor, folder: Path) -> StreamedConvers
     done.student.generation_config = source.model.generation_config
     save_configuration(done.student, folder)
     run.tokenizer.save_pretrained(folder)
-    save_scales(done.output_scales, folder)
+    save_statistics(done.output_scales, done.router_shifts, folder)
     return done
 
 
@@ -88,17 +84,6 @@ def save_student(run: Run, student: PreTrainedModel, folder: Path) -> None:
 
 
 def save_converted(run: Run, done: Conversion, folder: Path) -> None:
-    """The student, and E|o|² of every source attention."""
+    """The student, and what later stages need of the calibration."""
     save_student(run, done.student, folder)
-    save_scales(done.output_scales, folder)
-
-
-def save_scales(scales: Sequence[float], folder: Path) -> None:
-    """E|o|² of every source attention, by which layerwise errors are divided; beside every student, so that none needs
-    the ones before it."""
-    save_file({"output_mean_square": torch.tensor(scales, dtype=torch.float64)}, folder / STATISTICS)
-
-
-def output_scales(folder: Path) -> list[float]:
-    """E|o|² of every source attention, from beside a student."""
-    return load_file(folder / STATISTICS)["output_mean_square"].tolist()
+    save_statistics(done.output_scales, done.router_shifts, folder)

@@ -27,12 +27,12 @@ from transmla.report.render import save_report
 from transmla.report.summary import figure_lines, missed
 from transmla.run.artifacts import agreed, condition, is_current, make, read_metadata, require_unharmed
 from transmla.run.context import Run
-from transmla.run.convert import output_scales
 from transmla.run.datasets import evaluation_windows
 from transmla.run.export import MAKING
 from transmla.run.paths import reference_file
 from transmla.run.provenance import provenance
 from transmla.run.sampled_batches import SampledBatches, all_of, sample_missing
+from transmla.run.statistics import output_scales
 from transmla.run.streamed_evaluation import evaluate_streamed
 from transmla.run.write import require_room
 from transmla.sources.local_model import load_model

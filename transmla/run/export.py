@@ -18,6 +18,7 @@ from transmla.hardware import free_memory
 from transmla.run.artifacts import agreed, make, require, require_unharmed
 from transmla.run.context import Run
 from transmla.run.datasets import token_windows_of
+from transmla.run.statistics import router_shifts
 from transmla.sources.local_model import load_model, stream_model
 from transmla.sources.source_facts import source_facts
 
@@ -36,9 +37,13 @@ def export(run: Run) -> None:
             run.say(f"[export] {chosen.describe(run.recipe.export)}")
         for note in chosen.notes:
             run.say(f"[export] note: {note}")
-        save = save_deepseek if chosen.stock else save_own_class
         with FreshProcess(scratch, stock=run.prepared.export.stock) as fresh:  # imports while the weights are written
-            save(student, run.tokenizer, run.recipe.export, export_dtype(run), scratch)
+            section, dtype = run.recipe.export, export_dtype(run)
+            if chosen.stock:
+                shifts = router_shifts(run.paths.student)
+                save_deepseek(student, run.tokenizer, section, dtype, scratch, shifts=shifts)
+            else:
+                save_own_class(student, run.tokenizer, section, dtype, scratch)
             metadata |= {"format": chosen.name} | chosen.serving()
             if not run.drawn:
                 metadata["source"] = source_facts(run.recipe.model, run.source_folder)

@@ -52,6 +52,8 @@ LATER = (
     ("folded_biases", False),
     ("rope", "keep"),
     ("stock_rope", None),
+    ("router", "keep"),
+    ("stock_router", False),
 )
 LATER_OF_A_STAGE = (
     ("logits", 0.0),

@@ -28,9 +28,10 @@ from transmla.recover.stage import build_trainer, run_stage, tensorboard_folder,
 from transmla.recover.teachers.shards import RecordedTeacher
 from transmla.run.artifacts import agreed, publishing, require_unharmed, save_recipe, unchanged, versions
 from transmla.run.context import Run
-from transmla.run.convert import output_scales, save_scales, save_student
+from transmla.run.convert import save_student
 from transmla.run.datasets import rows_of, training_data
 from transmla.run.lineage import students_to_make
+from transmla.run.statistics import output_scales, router_shifts, save_statistics
 from transmla.sources.fetch import fetch
 from transmla.sources.local_model import load_model, load_source
 
@@ -82,7 +83,7 @@ def _recover_stage(run: Run, index: int, label: str) -> None:
         with publishing(run.paths.stage(index), metadata) as scratch:
             save_recipe(run.recipe, scratch)
             save_student(run, student, scratch)
-            save_scales(scales, scratch)
+            save_statistics(scales, router_shifts(before), scratch)
             metadata["seconds"] = round(time.monotonic() - started, 1)
             metadata["peak_memory_bytes"] = peak_memory(run.prepared.device)
         run.say(f"[{label}] {metadata['seconds']} s")

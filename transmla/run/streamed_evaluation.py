@@ -15,9 +15,9 @@ from transmla.measure.streamed_quality import LayerErrors, head_of, stream_hidde
 from transmla.modeling.config_facts import final_softcap
 from transmla.run.artifacts import require_unharmed
 from transmla.run.context import Run
-from transmla.run.convert import output_scales
 from transmla.run.datasets import evaluation_windows
 from transmla.run.paths import reference_file
+from transmla.run.statistics import output_scales
 from transmla.sources.layered_model import LayeredModel
 from transmla.sources.local_model import stream_model
 

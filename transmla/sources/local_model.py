@@ -18,6 +18,7 @@ from transmla.sources.generation import NAME as GENERATION
 from transmla.sources.generation import read_generation
 from transmla.sources.kinds import cache_folder
 from transmla.sources.layered_model import LayeredModel
+from transmla.sources.quiet_loading import quiet_loading
 from transmla.sources.stored_parts import stored_model
 from transmla.sources.weight_files import read_headers
 from transmla.sources.weight_values import check_numbers, check_tied
@@ -87,17 +88,18 @@ def _require_unchanged(folder: Path, key: str) -> None:
 def _load(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype, device: str, key: str, **options: Any
 ) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=default_kernel(config.model_type),
-        ignore_mismatched_sizes=True,  # they are in the report, and refused below
-        output_loading_info=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **options,
-    )
+    with quiet_loading(bar=True):  # what it would warn of is in the report, and refused below
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=default_kernel(config.model_type),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
+        )
     model, report = loaded
     if reason := misfit(report):
         raise RecipeError(key, f"the weights of {folder} do not fit its config.json: {reason}; make that folder again")

@@ -9,10 +9,11 @@ from transformers.utils import logging
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Without transformers' progress bar and warnings, where nothing is loaded or only a part."""
+def quiet_loading(*, bar: bool = False) -> Iterator[None]:
+    """Without transformers' warnings. bar: its progress bar stays; without, where nothing is loaded or only a part."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    if not bar:
+        logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield

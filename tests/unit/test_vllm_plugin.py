@@ -90,6 +90,33 @@ def test_registering_imports_nothing_heavy() -> None:
     assert done.stderr.strip() == ""
 
 
+def imported_at_once(module: str, seen: dict[str, set[str]]) -> set[str]:
+    """Packages that importing a module of this project imports, through whatever modules of it."""
+    if module in seen:
+        return seen[module]
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found: set[str] = set()
+    seen[module] = found
+    if not file.is_file():  # a name in a module
+        return found
+    for node in ast.parse(file.read_text()).body:  # what stands in functions, or is for types alone, comes later
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("transmla"):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            found |= imported_at_once(name, seen) if name.startswith("transmla") else {name.split(".")[0]}
+    return found
+
+
+def test_classes_need_nothing_that_vllm_comes_without() -> None:
+    found = set().union(*(imported_at_once(name, {}) for name in (vllm_plugin.MODULE, "transmla.families.students")))
+    theirs = {"torch", "transformers", "pydantic", "yaml", "safetensors", "numpy", "psutil", "vllm"}
+    assert {"torch", "transformers"} <= found <= theirs | sys.stdlib_module_names
+
+
 def vllm_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """What vLLM's attention gives for one sequence: causal, with the window and the cap that it reads from the
     configuration. Returns [T, H*V], without the batch."""

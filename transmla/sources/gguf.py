@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,20 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from transmla.errors import RecipeError
+from transmla.files import edit_json
 from transmla.recipe.model_source import ModelSource
 from transmla.sources.config_file import one_line
-from transmla.sources.gguf_header import check_gguf, header_facts
+from transmla.sources.gguf_header import check_gguf, header_facts, tokenizer_entries
 from transmla.sources.source_facts import CARD, card_text
+from transmla.sources.tokenizer_of_gguf import follow_header, save_tokenizer
 from transmla.sources.weight_files import AGAIN, listed
 from transmla.sources.weights import misfit
-
-SPLIT_DIGITS = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Digits", "individual_digits": True},
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-    ],
-}
 
 
 def check_digest(file: Path, expected: str | None, key: str) -> None:
@@ -76,6 +69,7 @@ def _load(gguf: Path, label: str, key: str) -> tuple[PreTrainedTokenizerBase, Pr
     model, report = loaded
     if reason := misfit(report):
         raise RecipeError(f"{key}.source", f"the weights of {label} do not fit its header: {reason}; {AGAIN}")
+    follow_header(tokenizer, tokenizer_entries(gguf))
     return tokenizer, model
 
 
@@ -106,19 +100,6 @@ def dequantise(gguf: Path, section: ModelSource, out: Path, key: str) -> None:
     model.tie_weights()
     model.generation_config = loaded.generation_config
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
     (out / CARD).write_text(card_text(header_facts(gguf)), encoding="utf-8")
-    _edit_json(out / "config.json", lambda content: content.pop("_model_name_or_path", None))
-    edits = section.tokenizer
-    if edits.split_digits:
-        _edit_json(out / "tokenizer.json", lambda content: content.update(pre_tokenizer=SPLIT_DIGITS))
-    changes: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} if edits.split_digits else {}
-    if edits.model_max_length is not None:
-        changes["model_max_length"] = edits.model_max_length
-    _edit_json(out / "tokenizer_config.json", lambda content: content.update(changes))
-
-
-def _edit_json(file: Path, change: Any) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    change(content)
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    edit_json(out / "config.json", lambda content: content.pop("_model_name_or_path", None))
+    save_tokenizer(tokenizer, section.tokenizer, out, key)

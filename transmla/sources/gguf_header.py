@@ -32,6 +32,7 @@ FACTS = {
     b"general.license.link": "license_link",
     b"general.languages": "language",
 }
+TOKENIZER = b"tokenizer.ggml."  # numbers and texts below it are kept, its lists are not
 MOST = 1000  # languages
 ALIGNMENT = 32  # bytes, where the header names no other
 
@@ -56,22 +57,34 @@ def check_gguf(file: Path, key: str) -> None:
 
 def header_facts(file: Path) -> dict[str, str | list[str]]:
     """What the header of a GGUF that `check_gguf` accepts says of licence and languages, by the hub's names for it."""
+    facts = _walked(file).facts
+    return {FACTS[name]: value for name, value in facts.items() if value}
+
+
+def tokenizer_entries(file: Path) -> dict[str, float | str]:
+    """What the header of a GGUF that `check_gguf` accepts says of its tokenizer in single texts and numbers, by the
+    format's own names."""
+    return {name.decode(): value for name, value in _walked(file).tokenizer.items()}
+
+
+def _walked(file: Path) -> _Reader:
     with file.open("rb") as content:
         reader = _Reader(mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ))
         reader.size()
-    return {FACTS[name]: value for name, value in reader.facts.items() if value}
+    return reader
 
 
 class _Reader:
     """Walks through a header; see https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
-    facts: texts of the entries named in `FACTS`, after the walk.
+    facts: texts of the entries named in `FACTS`, after the walk. tokenizer: single texts and numbers below `TOKENIZER`.
     """
 
     def __init__(self, content: mmap.mmap) -> None:
         self.content = content
         self.position = 0
         self.facts: dict[bytes, str | list[str]] = {}
+        self.tokenizer: dict[bytes, float | str] = {}
 
     def size(self) -> int:
         """Bytes that the file has as a whole."""
@@ -88,7 +101,12 @@ class _Reader:
             if name in FACTS and kind in (GGUFValueType.STRING, GGUFValueType.ARRAY):
                 self._keep(name, kind)
                 continue
+            if name.startswith(TOKENIZER) and kind == GGUFValueType.STRING:
+                self.tokenizer[name] = self._string().decode(errors="replace")
+                continue
             value = self._value(kind)
+            if name.startswith(TOKENIZER) and value is not None:
+                self.tokenizer[name] = value
             if name == b"general.alignment" and value:
                 alignment = int(value)
         end = 0

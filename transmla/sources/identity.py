@@ -8,7 +8,7 @@ from typing import Any
 from transmla.recipe.model_source import ModelSource
 from transmla.sources.file_digests import known_digests
 from transmla.sources.hub_commits import commit_of
-from transmla.sources.kinds import DRAWS, FORMAT, kind_of
+from transmla.sources.kinds import kind_of, revisions_of
 
 # What loading reads of a model directory; a README may change.
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.bin")
@@ -19,9 +19,7 @@ def identity(section: ModelSource) -> dict[str, Any]:
     kind = kind_of(section.source)
     local = kind in ("directory", "gguf")
     left_out = ({"source"} if local else set()) | (set() if kind == "random" else {"config"})
-    found: dict[str, Any] = {"format": FORMAT, "kind": kind, **section.model_dump(mode="json", exclude=left_out)}
-    if kind == "random":
-        found["draws"] = DRAWS
+    found: dict[str, Any] = {"kind": kind, **section.model_dump(mode="json", exclude=left_out), **revisions_of(kind)}
     if kind == "hub":
         found["commit"] = commit_of(section.source, section.revision, "model")
     path = Path(section.source).expanduser()

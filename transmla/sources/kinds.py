@@ -9,6 +9,7 @@ from transmla.errors import RecipeError
 
 FORMAT = 1  # raise it when a cached directory's content would change
 DRAWS = 2  # the same of random weights
+TOKENIZERS = 2  # the same of what is made of a GGUF's tokenizer
 
 
 def cache_folder() -> Path:
@@ -25,6 +26,16 @@ def kind_of(source: str) -> str:
     if source.endswith(".gguf"):
         return "gguf"
     return "directory" if Path(source).is_dir() or source.startswith((".", "/", "~")) else "hub"
+
+
+def revisions_of(kind: str) -> dict[str, int]:
+    """What changes with this package in what is made of a source: for fingerprints, and for names in the cache."""
+    found = {"format": FORMAT}
+    if kind == "random":
+        found["draws"] = DRAWS
+    if kind in ("pypi", "gguf"):
+        found["tokenizers"] = TOKENIZERS
+    return found
 
 
 def check_there(source: str, key: str) -> None:

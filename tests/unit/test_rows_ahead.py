@@ -1,5 +1,6 @@
 """Rows of coming stages that a process makes beside the run: the stage finds them, and does without them."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 
 from transmla.cli import main
 from transmla.data.labelled import Labeller
+from transmla.recipe.compose import load_recipe
 from transmla.run.context import Run
-from transmla.run.rows_ahead import RowsAhead
+from transmla.run.rows_ahead import RowsAhead, RowsOf
+from transmla.sources.fetch import fetch
 
 WRITE = "write=[{name: own, kind: text, tokens: 300, max_new_tokens: 40, batch_size: 4}]"
 RECIPE = ["recover", "recipe=debug", "device=cpu", WRITE]
@@ -83,3 +86,20 @@ def test_what_the_process_could_not_read_is_the_stages_error(beside, rows, tmp_p
     printed = capfd.readouterr()
     assert printed.err.splitlines()[-1].startswith("error: recover.0.data: ")
     assert "[recover.0 layerwise] rows could not be made ahead: " in printed.out
+
+
+def test_it_is_alone_whatever_the_run_is_one_of(rows, tmp_path, monkeypatch) -> None:
+    """With a launcher's variables it would wait for a second process; what lies in the folder is no package for it."""
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29613"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets.py").write_text("raise SystemExit('not this one')")
+    recipe = load_recipe("debug", ["device=cpu"])
+    ahead = RowsAhead()
+    try:
+        ahead.ask(RowsOf(0, recipe.recover[0], [str(rows)], fetch(recipe.model), recipe.seed))
+        with ThreadPoolExecutor(1) as beside:
+            assert beside.submit(ahead.wait, 0).result(timeout=120) is None
+    finally:
+        ahead.end()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,12 @@ from transmla.recipe.data_lists import Part
 from transmla.recipe.stages import Distill, Layerwise, Sft
 
 CORES = 4  # of a process of the run: with fewer, what is made beside it is taken from it
+
+# Variables by which a launcher tells a process that it is one of several. The process beside the run is alone, and with
+# them would wait for the others.
+LAUNCHED = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))$|(TORCHELASTIC|ACCELERATE|FSDP|OMPI|PMI|MV2)_"
+)
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,10 @@ class RowsAhead:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # without a name: it is gone with this process
         root = str(Path(__file__).resolve().parents[2])  # of the package that runs, not of another one installed
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {name: value for name, value in os.environ.items() if not LAUNCHED.match(name)}
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name],
+            [sys.executable, "-P", "-m", __spec__.name],  # -P: the current directory is not searched for modules
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

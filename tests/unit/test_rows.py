@@ -12,6 +12,7 @@ from trl import SFTTrainer
 from tests.conftest import tiny_model
 from tests.unit.test_record import LENGTH, VOCAB, stage_of, text
 from tests.unit.test_recover import documents, losses, make_trainer, tokenizer
+from transmla.data import documents as documents_module
 from transmla.data.labelled import TEACHER_ONLY
 from transmla.data.mixture import load_mixture
 from transmla.data.rows import PARALLEL, are_whole, token_rows, whole_rows
@@ -260,3 +261,21 @@ def test_compiled_stages_take_whole_batches_where_there_is_one(
         return
     sizes = {len(batch["input_ids"]) for batch in trainer.get_train_dataloader()}
     assert sizes == ({3} if dropped else {len(trainer.train_dataset)})
+
+
+def test_who_asks_for_one_document_waits_for_few(words, monkeypatch) -> None:
+    texts = [f"text {number}" for number in range(1000)]
+    asked: list[int] = []
+    known = documents_module._token_ids
+
+    def counted(given: list[str], special: bool, tokenizer):
+        asked.append(len(given))
+        return known(given, special, tokenizer)
+
+    monkeypatch.setattr(documents_module, "_token_ids", counted)
+    data = Dataset.from_dict({"text": texts})
+    first = next(documents_module.documents(data, words))
+    assert sum(asked) < 20
+    found = list(documents_module.documents(data, words))
+    assert found[0] == first and found == [words(text)["input_ids"] for text in texts]
+    assert max(asked) == documents_module.ROWS

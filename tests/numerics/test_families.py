@@ -307,7 +307,12 @@ def test_what_no_adapter_carries_is_refused() -> None:
                 "gemma3_text",
                 rope_parameters={
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                    "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                    "full_attention": {
+                        "rope_type": "yarn",
+                        "rope_theta": 1e4,
+                        "factor": 4.0,
+                        "original_max_position_embeddings": 64,
+                    },
                 },
             )
         )

@@ -12,6 +12,8 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tests.source_folder import WEIGHTS, copy_of, make_source, refusal
@@ -144,6 +146,10 @@ def write_gguf(folder: Path, file: Path, *, leave_out: str = "nothing") -> Path:
     return file
 
 
+OLD = Version(transformers.__version__) < Version("5.18")
+
+
+@pytest.mark.skipif(OLD, reason="this transformers refuses a GGUF without a first token")
 def test_a_gguf_is_whole_or_refused(tmp_path: Path) -> None:
     source = make_source(tmp_path / "model", tie_word_embeddings=True)
     whole = write_gguf(source, tmp_path / f"{'long' * 40}.gguf")

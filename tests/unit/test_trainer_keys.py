@@ -33,7 +33,8 @@ def test_every_field_of_trl_is_decided_once(name: str) -> None:
 def test_decisions_are_about_keys_that_there_are() -> None:
     fields = {name for kind in CLASSES for name in trainer_keys(kind)}
     kinds = {name for keys in BY_KIND.values() for name in keys}
-    assert {*RESERVED_TRAINER_KEYS, *REFUSED, *VALUES, *AS_TRL_SAYS, *kinds} <= fields
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # than the oldest transformers that we take
+    assert {*RESERVED_TRAINER_KEYS, *REFUSED, *VALUES, *AS_TRL_SAYS, *kinds} - newer <= fields
 
 
 @pytest.mark.parametrize("key", sorted(set(REFUSED) & set(trainer_keys("SFTConfig"))))

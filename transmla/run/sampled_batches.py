@@ -110,7 +110,7 @@ class SampledBatches:
 
     def seconds(self) -> float:
         """What all batches took, whichever processes and attempts drew them."""
-        return round(sum(place.seconds for place in self.index().values()), 1)
+        return round(sum(place.seconds for place in self.index().values()), 2)
 
     def append(self, process: int, batch: int, samples: Sequence[Sample], seconds: float = 0.0) -> None:
         """Add a batch for good."""

@@ -1,7 +1,4 @@
-"""How long a user waits to read what is wrong: every bad input as a command of its own, with all that it imports.
-
-On idle cores, with `-n0`: seconds are asserted.
-"""
+"""How long a user waits to read what is wrong: every bad input as a command of its own, with all that it imports."""
 
 from __future__ import annotations
 
@@ -17,7 +14,8 @@ from tests.faults.test_bad_inputs import CASES, LAUNCHES, ROOT, given
 from tests.faults.test_mistakes import FILES, MISTAKES
 from tests.source_folder import copy_of, make_source
 
-pytestmark = pytest.mark.faults
+BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+pytestmark = [pytest.mark.faults, pytest.mark.skipif(BESIDE, reason="seconds are those of one process alone: -n0")]
 MOST = 5.0
 INPUTS = {
     **{name: (words, key, make, {}) for name, (words, key, _, make) in CASES.items()},

@@ -50,7 +50,7 @@ def test_definitions_state_licence_and_content(name: str, suffix: str) -> None:
 @pytest.mark.parametrize("layout", ["one jsonl", "one parquet", "train alone", "splits"])
 def test_local_copies(name: str, layout: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRANSMLA_DATA", str(tmp_path))
-    monkeypatch.setattr("transmla.data.loading.load_dataset_builder", lambda **arguments: pytest.fail("asked the hub"))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda **arguments: pytest.fail("asked the hub"))
     if layout.startswith("one"):
         write(tmp_path / f"{name}.{layout[4:]}", numbered(name, 20))
     else:

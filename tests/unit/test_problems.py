@@ -254,7 +254,7 @@ def test_refusals(overrides: list[str], message: str) -> None:
     ],
 )
 def test_missing_packages_are_named(module: str, problems: str, command: str, monkeypatch) -> None:
-    monkeypatch.setattr("transmla.generate.problems.find_spec", lambda name: None if name == module else object())
+    monkeypatch.setattr("transmla.generate.problem_checks.find_spec", lambda name: None if name == module else object())
     assert command in refused(write(problems)) and command in refused(solve(problems))
 
 

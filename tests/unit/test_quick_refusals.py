@@ -15,7 +15,7 @@ from tests.source_folder import WEIGHTS, make_source
 from transmla.families import FAMILIES
 from transmla.registration import AUTO
 
-SLOW = ("torch", "transformers.modeling_utils", "trl", "peft")
+SLOW = ("torch", "transformers.modeling_utils", "trl", "peft", "datasets")
 
 
 def imported_by(words: list[str], folder: Path) -> tuple[set[str], str]:

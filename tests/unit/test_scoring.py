@@ -12,7 +12,8 @@ import pytest
 
 from transmla.errors import RecipeError
 from transmla.generate.checkers import MathChecker, final_answer
-from transmla.generate.problems import check_problems, load_problems
+from transmla.generate.problem_checks import check_problems
+from transmla.generate.problems import load_problems
 from transmla.generate.sandbox import ALLOW as ALLOW_CALL
 from transmla.generate.sandbox import ALLOWED, COMMANDS, DENY, KILL, MACHINES, OPENING, filter_program
 from transmla.generate.scoring import ScoringProcess, runs_code
@@ -157,7 +158,7 @@ def test_a_process_that_cannot_start_says_why() -> None:
 
 
 def test_a_machine_without_filters_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transmla.generate.problems.is_supported", lambda: False, raising=False)
+    monkeypatch.setattr("transmla.generate.problem_checks.is_supported", lambda: False, raising=False)
     with pytest.raises(RecipeError, match="k: .*seccomp"):
         check_problems(Problems(generator="leg_counting"), "k", skip=0, limit=None, online=False)
 

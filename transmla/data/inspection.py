@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from transmla.data.definition import DataDefinition, find_definition, local_files
-from transmla.data.loading import check_columns, hub_columns
+from transmla.data.hub_questions import check_columns, hub_columns
 from transmla.data.reading import Unreadable, columns_of_file, format_of, mark_of
 from transmla.data.records import records
 from transmla.errors import RecipeError

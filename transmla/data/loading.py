@@ -9,65 +9,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as compute
-from datasets import Dataset, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetGenerationError
 
 from transmla.data.conversations import MORE
 from transmla.data.definition import DataDefinition, find_definition, local_files
+from transmla.data.hub_questions import check_columns, hub_arguments, hub_errors
 from transmla.data.reading import ROWS, Unreadable, mark_of
-from transmla.data.records import COLUMNS, Record, empty_record, features_of, record_of, records
+from transmla.data.records import COLUMNS, Record, empty_record, record_of, records
 from transmla.errors import RecipeError
 
 SYNTHETIC = "synthetic"  # column beside `text`: whether a model wrote it; where no model did, it is missing
 
 READER = 1  # raise it when the same file would give other records: Datasets keeps what was read
 
+_CONVERSATION = List({"role": Value("string"), "content": Value("string")})
+
 Say = Callable[[str], None]
 
 
-def hub_columns(definition: DataDefinition, key: str) -> set[str] | None:
-    """The columns of a hub dataset, where the hub states them.
-
-    Raises:
-        RecipeError: the hub does not have it, or cannot be asked.
-    """
-    with _hub_errors(definition, key):
-        features = load_dataset_builder(**_hub_arguments(definition)).info.features
-    return None if features is None else set(features)
-
-
-def check_columns(definition: DataDefinition, columns: set[str], where: str, key: str) -> None:
-    """Refuse a file or dataset that lacks a column which the definition names.
-
-    Raises:
-        RecipeError: with the columns that are there.
-    """
-    for column in definition.needed_columns():
-        if column not in columns:
-            there = ", ".join(sorted(map(str, columns)))
-            raise RecipeError(key, f"{where} has no column {column!r}; it has: {there[:200]}; correct the definition")
-
-
-def _hub_arguments(definition: DataDefinition) -> dict[str, Any]:
-    """What names a hub dataset in `datasets`. Only data files are read: code of a repository is never run."""
-    files = None if definition.files is None else {definition.split: definition.files}
-    return {
-        "path": definition.hub,
-        "name": definition.subset,
-        "revision": definition.revision,
-        "data_files": files,
-    }
-
-
-@contextmanager
-def _hub_errors(definition: DataDefinition, key: str) -> Iterator[None]:
-    try:
-        yield
-    except RecipeError:
-        raise
-    except (OSError, ValueError, DatasetsError) as error:  # datasets' and the hub's errors derive from these
-        reason = " ".join(str(error.__cause__ or error).split())[:160]
-        raise RecipeError(key, f"cannot load {definition.hub}: {reason}; correct the definition") from None
+def _features_of(definition: DataDefinition, first: Record | None) -> Features:
+    """The types of a definition's records. first: one of them that is not empty."""
+    turns = definition.kind == "messages" or (first is not None and isinstance(first.get("prompt"), list))
+    columns = COLUMNS[definition.kind]
+    return Features({name: _CONVERSATION if turns and name != MORE else Value("string") for name in columns})
 
 
 def load_one(name: str, key: str, *, joined: bool = False, say: Say | None = None) -> Dataset:
@@ -110,7 +75,7 @@ def _kept(make: Callable[..., Iterator[Record]], definition: DataDefinition, fir
     """What `make` yields, on disk. It is read once for a definition and a state of its source."""
     return Dataset.from_generator(
         make,
-        features=features_of(definition, first),
+        features=_features_of(definition, first),
         gen_kwargs={"definition": definition.model_dump_json(exclude_unset=True), **state, "reader": READER},
         writer_batch_size=ROWS,
     )
@@ -138,8 +103,8 @@ def _generate(definition: str, marks: tuple[tuple[Any, ...], ...], reader: int) 
 def _from_hub(definition: DataDefinition, key: str) -> Dataset:
     """The records of a hub dataset."""
     assert definition.hub is not None
-    with _hub_errors(definition, key), _unreadable(key):
-        arguments = _hub_arguments(definition)
+    with hub_errors(definition, key), _unreadable(key):
+        arguments = hub_arguments(definition)
         if definition.rows is not None:
             commit = load_dataset_builder(**arguments).hash
             # Of texts or of turns: only of these the hub must be asked for a row.
@@ -158,7 +123,7 @@ def _from_hub(definition: DataDefinition, key: str) -> Dataset:
             _hub_record,
             with_indices=True,
             remove_columns=data.column_names,
-            features=features_of(definition, first),
+            features=_features_of(definition, first),
             fn_kwargs={"definition": definition, "reader": READER},
             desc=f"Reading {definition.hub}",
         )
@@ -166,7 +131,7 @@ def _from_hub(definition: DataDefinition, key: str) -> Dataset:
 
 def _streamed(definition: DataDefinition) -> Iterator[Record]:
     assert definition.rows is not None, "the other hub datasets are downloaded"
-    stream = load_dataset(**_hub_arguments(definition), split=definition.split, streaming=True)
+    stream = load_dataset(**hub_arguments(definition), split=definition.split, streaming=True)
     for number, row in enumerate(stream.take(definition.rows)):
         yield _hub_record(row, number, definition)
 

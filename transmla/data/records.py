@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Features, List, Value
-
 from transmla.data.column_templates import described, fill
 from transmla.data.conversations import MORE, Turn, Turns, build_messages, pack, read_tools, read_turns
 from transmla.data.definition import DataDefinition
@@ -21,21 +19,12 @@ Record = dict[str, Any]
 
 BEGINNING = 1_000_000  # bytes of a file that are read however many came before
 
-_CONVERSATION = List({"role": Value("string"), "content": Value("string")})
-
 COLUMNS = {
     "text": ("text",),
     "messages": ("messages", MORE),
     "completion": ("prompt", "completion", MORE),
     "problems": ("problem", "answer"),
 }
-
-
-def features_of(definition: DataDefinition, first: Record | None) -> Features:
-    """The types of a definition's records. first: one of them that is not empty."""
-    turns = definition.kind == "messages" or (first is not None and isinstance(first.get("prompt"), list))
-    columns = COLUMNS[definition.kind]
-    return Features({name: _CONVERSATION if turns and name != MORE else Value("string") for name in columns})
 
 
 def empty_record(definition: DataDefinition) -> Record:

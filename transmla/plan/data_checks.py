@@ -8,7 +8,7 @@ from typing import Any
 from transmla.data.definition import find_definition, source_of
 from transmla.data.inspection import LIMIT, check_dataset, inspect_files
 from transmla.errors import RecipeError
-from transmla.generate.problems import check_problems, require
+from transmla.generate.problem_checks import check_problems, require
 from transmla.plan.problem_overlap import check_heldout
 from transmla.recipe.data_lists import Part, data_names
 from transmla.recipe.schema import Recipe

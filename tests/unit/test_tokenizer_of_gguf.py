@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transmla.errors import RecipeError
 from transmla.recipe.model_source import TokenizerEdits
 from transmla.sources import tokenizer_of_gguf
-from transmla.sources.tokenizer_of_gguf import follow_header, save_tokenizer
+from transmla.sources.tokenizer_of_gguf import follow_header, save_and_compare
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 VOCABULARY = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS, "ll", "llo"])}
@@ -65,7 +65,7 @@ def test_the_first_token(wanted: bool, tmp_path: Path) -> None:
     follow_header(tokenizer, HEADER | {"tokenizer.ggml.add_bos_token": wanted})
     first = [1] if wanted else []
     assert tokenizer("ll")["input_ids"] == [*first, VOCABULARY["ll"]]
-    save_tokenizer(tokenizer, TokenizerEdits(), tmp_path, "model")
+    save_and_compare(tokenizer, TokenizerEdits(), tmp_path, "model")
     read = AutoTokenizer.from_pretrained(tmp_path)
     assert read("ll")["input_ids"] == [*first, VOCABULARY["ll"]] and read.eos_token == "</s>"
     follow_header(tokenizer, HEADER | {"tokenizer.ggml.add_bos_token": wanted})  # once is enough
@@ -95,8 +95,8 @@ def test_what_a_class_reads_otherwise_is_read_by_the_general_one(tmp_path: Path,
     tokenizer.save_pretrained(tmp_path)
     own = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
     monkeypatch.setattr(tokenizer_of_gguf, "AutoTokenizer", LosesMerges({own, saved} - {"PreTrainedTokenizerFast"}))
-    save_tokenizer(tokenizer, TokenizerEdits(), tmp_path, "model")
+    save_and_compare(tokenizer, TokenizerEdits(), tmp_path, "model")
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     monkeypatch.setattr(tokenizer_of_gguf, "AutoTokenizer", LosesMerges({own, saved, "PreTrainedTokenizerFast"}))
     with pytest.raises(RecipeError, match=r"model\.source: this version of transformers reads another tokenizer"):
-        save_tokenizer(tokenizer, TokenizerEdits(), tmp_path, "model")
+        save_and_compare(tokenizer, TokenizerEdits(), tmp_path, "model")

@@ -16,6 +16,11 @@ _follows = False
 _forking = (0, False)  # who forks: its process id, and whether in its main thread
 
 
+def end_with_parent() -> None:
+    """From now on this process is killed when the thread that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def follow_forks(wanted: Callable[[], bool]) -> None:
     """From now on, what is forked while `wanted` says so ends with this process, and heeds nobody else.
 
@@ -39,7 +44,7 @@ def _in_child() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if by_main_thread:  # the end of another thread is not the end of the run
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            end_with_parent()
         if os.getppid() != parent:  # it had ended before the kernel knew
             os._exit(1)
     threading.Thread(target=_heed, args=(parent,), name="heed", daemon=True).start()

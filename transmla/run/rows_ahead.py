@@ -10,11 +10,9 @@ Run as a module it is that process.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from transmla.export.fresh_process import PR_SET_PDEATHSIG, reason_of
+from transmla.export.fresh_process import reason_of
+from transmla.process.forks import end_with_parent
 from transmla.recipe.data_lists import Part
 from transmla.recipe.stages import Distill, Layerwise, Sft
 
@@ -128,7 +127,7 @@ def main(asked: BinaryIO, made: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the rows of a killed run
+    end_with_parent()  # nobody waits for the rows of a killed run
     os.nice(10)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer

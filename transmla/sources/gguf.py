@@ -19,7 +19,7 @@ from transmla.recipe.model_source import ModelSource
 from transmla.sources.config_file import one_line
 from transmla.sources.gguf_header import check_gguf, header_facts, tokenizer_entries
 from transmla.sources.source_facts import CARD, card_text
-from transmla.sources.tokenizer_of_gguf import follow_header, save_tokenizer
+from transmla.sources.tokenizer_of_gguf import follow_header, save_and_compare
 from transmla.sources.weight_files import AGAIN, listed
 from transmla.sources.weights import misfit
 
@@ -102,4 +102,4 @@ def dequantise(gguf: Path, section: ModelSource, out: Path, key: str) -> None:
     model.save_pretrained(out)
     (out / CARD).write_text(card_text(header_facts(gguf)), encoding="utf-8")
     edit_json(out / "config.json", lambda content: content.pop("_model_name_or_path", None))
-    save_tokenizer(tokenizer, section.tokenizer, out, key)
+    save_and_compare(tokenizer, section.tokenizer, out, key)

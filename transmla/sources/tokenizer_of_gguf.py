@@ -74,7 +74,7 @@ def _of_bytes(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, edits: TokenizerEdits, folder: Path, key: str) -> None:
+def save_and_compare(tokenizer: PreTrainedTokenizerBase, edits: TokenizerEdits, folder: Path, key: str) -> None:
     """Write a tokenizer with a recipe's edits, beside the model's configuration, and see that it is read as it was.
 
     Args:

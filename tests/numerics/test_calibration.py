@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import VOCAB, tiny_model, windows
-from transmla.convert.attention_moments import by_distance
+from transmla.convert.attention_moments import AttentionMoments, by_distance
 from transmla.convert.calibration import calibrate
 
 
@@ -115,6 +115,19 @@ def test_a_share_of_the_queries_is_enough() -> None:
         (every,) = calibrate(model, [rows], length=32)[:1]
     torch.testing.assert_close(some.averaged, every.averaged, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(some.attended, every.attended, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("together", [2, 3, 100])
+def test_rows_together(family: str, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU takes rows of small models, whose kernels would else be done before the next one is launched."""
+    model = tiny_model(family)
+    batches = torch.cat(windows())[:13].split(11)  # the second begins amid a round of four
+    one_by_one = calibrate(model, batches, length=32)
+    monkeypatch.setattr(AttentionMoments, "_together", lambda *_: together)
+    for layer, expected in zip(calibrate(model, batches, length=32), one_by_one, strict=True):
+        for name, value in vars(expected).items():
+            torch.testing.assert_close(getattr(layer, name), value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_no_text_is_an_error() -> None:

@@ -87,6 +87,10 @@ class NormedMoments:
         """[n, D] -> [n, G, d]."""
         return self._heads(self.module.k_proj, self.key_norm, x)
 
+    def keys_by_row(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, G, T, d]."""
+        return self.keys(x.flatten(0, 1)).unflatten(0, x.shape[:2]).transpose(1, 2)
+
     @staticmethod
     def _heads(linear: nn.Linear, norm: HeadNorm, x: Tensor) -> Tensor:
         bias = None if linear.bias is None else linear.bias.double()
@@ -133,10 +137,9 @@ class _Accumulator:
     def add_attention(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> None:
         """query: [B, H, T, d]; key, value: [B, G, T, d]."""
         assert self.input is not None, "an attention's input comes before its queries"
-        for row, x in enumerate(self.input):
-            plain = None if self.normed is None else self.normed.keys(x.double()).transpose(0, 1)
-            with tensor_cores(query.dtype):
-                self.attention.add(x, query[row], key[row], value[row], plain_key=plain, **options)
+        plain = None if self.normed is None else self.normed.keys_by_row
+        with tensor_cores(query.dtype):
+            self.attention.add(self.input, query, key, value, plain_keys=plain, **options)
 
     def result(self) -> LayerStatistics:
         return LayerStatistics(

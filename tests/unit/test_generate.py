@@ -14,8 +14,10 @@ from transmla.generate import decoding, prefill
 from transmla.generate.decoding import has_fixed_size
 from transmla.generate.prompts import TextPrompts, decoded, piece
 from transmla.generate.sampler import ModelSampler, Sample, batch_seed, batches, choose
+from transmla.generate.text_rows import TextRows
 from transmla.recipe.writing import Sampling, Text
 from transmla.run.sampled_batches import Place, SampledBatches, all_of, enough, sample_missing, until
+from transmla.run.written_rows import WrittenRows
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0, batch_size=4)
 
@@ -279,17 +281,22 @@ class Counting:
 
 def run(folder, sampler, missing, digest: str = "d") -> SampledBatches:
     parts = SampledBatches(folder, digest)
+    draw(parts, sampler, missing)
+    return parts
+
+
+def draw(parts: SampledBatches, sampler, missing, stored=None) -> None:
     sample_missing(
         parts,
         lambda: sampler,
-        lambda batch: [[batch], [batch + 100, 7]],
+        Starts.prompts_of,
         missing,
         GREEDY,
         seed=1,
         name="x",
         state=PartialState(cpu=True),
+        stored=stored,
     )
-    return parts
 
 
 def test_an_interrupted_drawing_goes_on(tmp_path) -> None:
@@ -331,6 +338,64 @@ def test_text_is_drawn_until_it_suffices(tmp_path) -> None:
     ahead = SampledBatches(tmp_path, "d")
     ahead.append(1, 5, [Sample([1] * 50, True)])  # another process was faster with a later batch
     assert enough(ahead.index(), 25) is None and until(25, 2)(ahead.index()) == [4, 6]
+
+
+class Numbered(Counting):
+    """`Counting` that notes, when it is called, how many rows there are already."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file, self.rows = file, []
+
+    def __call__(self, asked, settings, seed):
+        self.rows.append(len(self.file.read_text().splitlines()) if self.file.exists() else 0)
+        return super().__call__(asked, settings, seed)
+
+
+class Starts:
+    """What rows need of `TextPrompts`: prompts by batch."""
+
+    class tokenizer:
+        @staticmethod
+        def decode(tokens, **_):
+            return " ".join(map(str, tokens))
+
+    @staticmethod
+    def prompts_of(batch: int) -> list[list[int]]:
+        return [[batch], [batch + 100, 7]]
+
+    @staticmethod
+    def without_start(tokens: list[int]) -> list[int]:
+        return tokens
+
+
+def test_rows_are_put_together_while_others_are_sampled(tmp_path) -> None:
+    """Whatever was there before, how far the rows had come, and however many processes sampled them."""
+    tokens = 40  # 5 or 7 a batch
+
+    def written(folder: Path, sampler, name: str) -> Path:
+        parts = SampledBatches(folder, "d")
+        rows = WrittenRows(tmp_path / name, TextRows(Starts), parts, tokens)
+        draw(parts, sampler, until(tokens, 1), rows.extend)
+        return rows.finish()
+
+    sampler = Numbered(tmp_path / "straight.jsonl")
+    straight = written(tmp_path / "straight", sampler, "straight.jsonl").read_text()
+    assert sampler.calls > 6 and len(straight.splitlines()) == 2 * sampler.calls
+    assert all(rows >= 2 * (place - 1) for place, rows in enumerate(sampler.rows))  # at most one batch behind
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path / "broken", Counting(lives=3), "broken.jsonl")
+    assert written(tmp_path / "broken", Counting(), "again.jsonl").read_text() == straight
+    assert written(tmp_path / "broken", Counting(lives=0), "nothing missing.jsonl").read_text() == straight
+
+    more = SampledBatches(tmp_path / "two", "d")  # by two processes, one of which is ahead and has sampled too much
+    more.open()
+    one = SampledBatches(tmp_path / "straight", "d")
+    for batch in reversed(one.index()):
+        more.append(batch % 2, batch, one.samples(batch))
+    more.append(1, sampler.calls, [Sample([1], True), Sample([2], True)])
+    rows = WrittenRows(tmp_path / "two.jsonl", TextRows(Starts), SampledBatches(tmp_path / "two", "d"), tokens)
+    assert rows.finish().read_text() == straight
 
 
 def test_rounds_grow_with_what_is_known() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterable
+from threading import Lock
 
 import torch
 from datasets import Dataset
@@ -87,17 +88,18 @@ class TextPrompts:
             )
         self.start = starts[:1]
         self.cues = [_after_a_word(cue, tokenizer) for cue in entry.cues]
-        self.made: dict[
-            int, list[array]
-        ] = {}  # by batch, 4 bytes a token: they are asked for again when the text is put together
+        # By batch, 4 bytes a token: another thread asks for them again for the rows of the text.
+        self.made: dict[int, list[array]] = {}
+        self._making = Lock()
 
     def prompts_of(self, batch: int) -> list[list[int]]:
         """Token ids of a batch's prompts: prefixes, with a cue after or around each where the entry has cues."""
         if batch not in self.made:
-            found = self._prefixes(batch)
-            if self.cues:
-                found = self._cued(found, batch)
-            self.made[batch] = [array("i", prompt) for prompt in found]
+            with self._making:
+                found = self._prefixes(batch)
+                if self.cues:
+                    found = self._cued(found, batch)
+                self.made[batch] = [array("i", prompt) for prompt in found]
         return [prompt.tolist() for prompt in self.made[batch]]
 
     def _cued(self, prefixes: list[list[int]], batch: int) -> list[list[int]]:

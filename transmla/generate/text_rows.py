@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from transmla.generate.problems import messages_of, normal, opening, stored_prompt
@@ -63,28 +63,32 @@ def _columns_of(asked: ProblemPrompts, index: int, reply: str, entry: Traces) ->
     return {"text": prompt + reply} if entry.format == "text" else {"prompt": prompt, "completion": reply}
 
 
-def text_rows(
-    prompts: TextPrompts, sampled: Iterable[tuple[list[list[int]], list[Sample]]], counts: dict[str, int]
-) -> Iterator[dict[str, Any]]:
-    """Documents as rows: text, and the token ids that were sampled.
+class TextRows:
+    """Documents as rows, batch after batch: text, and the token ids that were sampled. A text that came before is left
+    out.
 
-    Args:
-        sampled: prompts and samples of every batch in turn.
-        counts: `TEXT_COUNTS`, added to as rows are taken.
+    counts: `TEXT_COUNTS` of the batches that were asked for.
     """
-    tokenizer = prompts.tokenizer
-    seen: set[str] = set()
-    for starts, samples in sampled:
+
+    def __init__(self, prompts: TextPrompts) -> None:
+        self.prompts = prompts
+        self.counts = dict.fromkeys(TEXT_COUNTS, 0)
+        self._seen: set[str] = set()
+
+    def of(self, batch: int, samples: list[Sample]) -> Iterator[dict[str, Any]]:
+        """The rows of the next batch, whose number its prompts follow from."""
+        prompts, counts = self.prompts, self.counts
+        starts = prompts.prompts_of(batch)
         whole = [start + sample.tokens for start, sample in zip(starts, samples, strict=True)]
-        texts = decoded([prompts.without_start(tokens) for tokens in whole], tokenizer)
+        texts = decoded([prompts.without_start(tokens) for tokens in whole], prompts.tokenizer)
         for tokens, text, sample in zip(whole, texts, samples, strict=True):
             counts["written"] += 1
             counts["finished"] += sample.finished
             same = normal(text)
-            if not same or same in seen:
+            if not same or same in self._seen:
                 counts["duplicates"] += 1
                 continue
-            seen.add(same)
+            self._seen.add(same)
             counts["kept"] += 1
             counts["tokens"] += len(sample.tokens) + sample.finished
             yield {"text": text, "tokens": tokens, "finished": sample.finished}

@@ -101,6 +101,10 @@ class SampledBatches:
             self._read[file] = offset
         return self._found
 
+    def tokens(self, batch: int) -> int | None:
+        """The tokens sampled in a batch; None of one that neither `index` nor `append` has seen yet."""
+        return self._found[batch].tokens if batch in self._found else None
+
     def samples(self, batch: int) -> list[Sample]:
         """One batch, in the order of its prompts."""
         place = self.index()[batch] if batch not in self._found else self._found[batch]
@@ -139,6 +143,7 @@ def sample_missing(
     seed: int,
     name: str,
     state: PartialState,
+    stored: Callable[[], None] | None = None,
 ) -> None:
     """Sample batches until none is missing; every process calls this and returns when all are done.
 
@@ -147,9 +152,16 @@ def sample_missing(
         prompts_of: the prompts of a batch.
         missing: from the batches that are there, the numbers of those to sample next; asked again after each round.
         seed, name: a batch's own seed follows from them and its number.
+        stored: called on the first process when it has stored a batch, while the next one is sampled.
     """
     if state.is_main_process and (broken := batches.open()):
         state.print(f"[{name}] {broken} batches were cut off or damaged; they are sampled again", flush=True)
+
+    def store(batch: int, samples: Sequence[Sample], seconds: float) -> None:
+        batches.append(state.process_index, batch, samples, seconds)
+        if stored is not None and state.is_main_process:
+            stored()
+
     chosen: Sampler | None = None
     while True:
         wanted = [missing(batches.index()) if state.is_main_process else []]
@@ -158,20 +170,20 @@ def sample_missing(
             return
         chosen = chosen or sampler()
         own = wanted[0][state.process_index :: state.num_processes]
-        # While a batch is sampled, the next one's prompts are made and the last one is stored, by one other thread.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            prompts, storing = beside.submit(prompts_of, own[0]) if own else None, None
+        # While a batch is sampled, one thread makes the next one's prompts and another stores the last one.
+        with ThreadPoolExecutor(max_workers=1) as ahead, ThreadPoolExecutor(max_workers=1) as behind:
+            prompts, storing = ahead.submit(prompts_of, own[0]) if own else None, None
             for place, batch in enumerate(tqdm(own, desc=name, unit="batch", disable=not state.is_main_process)):
                 assert prompts is not None, "there is a batch"
                 asked = prompts.result()
                 if place + 1 < len(own):
-                    prompts = beside.submit(prompts_of, own[place + 1])
+                    prompts = ahead.submit(prompts_of, own[place + 1])
                 started = time.monotonic()
                 samples = chosen(asked, settings, batch_seed(seed, name, batch))
                 taken = time.monotonic() - started
                 if storing is not None:
                     storing.result()
-                storing = beside.submit(batches.append, state.process_index, batch, samples, taken)
+                storing = behind.submit(store, batch, samples, taken)
             if storing is not None:
                 storing.result()
         state.wait_for_everyone()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
+import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import yaml
 
 from transmla.errors import RecipeError
+from transmla.files import PARTIAL, scratch_folder
 from transmla.generate.problems import load_problems, normal
 from transmla.generate.prompts import ProblemPrompts, TextPrompts
 from transmla.generate.sampler import ModelSampler, Sampler
-from transmla.generate.text_rows import TEXT_COUNTS, TRACE_COUNTS, definition_of, text_rows, trace_rows
+from transmla.generate.text_rows import TRACE_COUNTS, TextRows, definition_of, trace_rows
 from transmla.generate.vllm_sampler import VllmSampler
 from transmla.recipe.writing import AnyWriting, Sampling, Text, Traces
 from transmla.run.artifacts import make, unchanged
@@ -23,7 +24,8 @@ from transmla.run.context import Run
 from transmla.run.datasets import DEFINITION, ROWS, resolve
 from transmla.run.fingerprints import fingerprint
 from transmla.run.lineage import texts_to_make
-from transmla.run.sampled_batches import SampledBatches, all_of, enough, sample_missing, until
+from transmla.run.sampled_batches import SampledBatches, all_of, sample_missing, until
+from transmla.run.written_rows import WrittenRows, save_rows
 
 
 def write(run: Run) -> None:
@@ -76,7 +78,8 @@ def _write_traces(run: Run, entry: Traces, key: str, folder: Path, digest: str) 
     def build(scratch: Path, metadata: dict[str, Any]) -> None:
         samples = asked.ordered(batches.samples(batch) for batch in range(len(asked.plan)))
         counts = dict.fromkeys(TRACE_COUNTS, 0)
-        _save_rows(trace_rows(asked, samples, entry, _heldout(run), counts), entry, scratch)
+        save_rows(trace_rows(asked, samples, entry, _heldout(run), counts), scratch / ROWS)
+        _save_definition(entry, scratch)
         metadata |= _counted(run, counts, entry, batches)
         if not counts["kept"]:
             raise RecipeError(
@@ -93,36 +96,34 @@ def _write_text(run: Run, entry: Text, key: str, folder: Path, digest: str) -> N
     resolved = entry.model_copy(update={"prefix_data": resolve(run, entry.prefix_data, f"{key}.prefix_data")})
     prompts = TextPrompts(resolved, run.tokenizer, seed=run.recipe.seed, key=key)
     batches = _batches_of(run, entry)
+    beside = folder.with_name(f"{PARTIAL}-rows-{folder.name}")
+    with scratch_folder(beside) if run.state.is_main_process else nullcontext(beside) as place:
+        written = WrittenRows(place / ROWS, TextRows(prompts), batches, entry.tokens)
 
-    def before() -> None:
-        run.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
-        sample_missing(
-            batches,
-            lambda: _sampler(run, entry),
-            prompts.prompts_of,
-            until(entry.tokens, run.state.num_processes),
-            entry,
-            seed=run.recipe.seed,
-            name=entry.name,
-            state=run.state,
-        )
+        def before() -> None:
+            run.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
+            sample_missing(
+                batches,
+                lambda: _sampler(run, entry),
+                prompts.prompts_of,
+                until(entry.tokens, run.state.num_processes),
+                entry,
+                seed=run.recipe.seed,
+                name=entry.name,
+                state=run.state,
+                stored=written.extend,
+            )
 
-    def build(scratch: Path, metadata: dict[str, Any]) -> None:
-        count = enough(batches.index(), entry.tokens)
-        assert count is not None, "they were just sampled"
-        sampled = ((prompts.prompts_of(batch), batches.samples(batch)) for batch in range(count))
-        counts = dict.fromkeys(TEXT_COUNTS, 0)
-        _save_rows(text_rows(prompts, sampled, counts), entry, scratch)
-        metadata |= _counted(run, counts, entry, batches)
+        def build(scratch: Path, metadata: dict[str, Any]) -> None:
+            os.replace(written.finish(), scratch / ROWS)
+            _save_definition(entry, scratch)
+            metadata |= _counted(run, written.rows.counts, entry, batches)
 
-    make(run, folder, digest, f"write {entry.name}", build, before)
+        make(run, folder, digest, f"write {entry.name}", build, before)
 
 
-def _save_rows(rows: Iterable[dict[str, Any]], entry: AnyWriting, folder: Path) -> None:
-    """The rows, and beside them the data definition by which stages, and other recipes, read them."""
-    with (folder / ROWS).open("w", encoding="utf-8") as lines:
-        for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _save_definition(entry: AnyWriting, folder: Path) -> None:
+    """Beside the rows the data definition by which stages, and other recipes, read them."""
     (folder / DEFINITION).write_text(yaml.safe_dump(definition_of(entry, ROWS)))
 
 

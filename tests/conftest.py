@@ -44,16 +44,16 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
 class InThisProcess:
     """In place of the fresh process of a reload check."""
 
-    def __init__(self, folder: Path, *, stock: bool) -> None:
-        self.folder, self.stock = folder, stock
+    def __init__(self, *, stock: bool) -> None:
+        self.stock = stock
 
     def __enter__(self) -> InThisProcess:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def score(self, tokens: torch.Tensor, *, by_module: bool = False) -> torch.Tensor:
-        return score(self.folder, tokens, stock=self.stock, by_module=by_module)
+    def score(self, folder: Path, tokens: torch.Tensor, *, by_module: bool = False) -> torch.Tensor:
+        return score(folder, tokens, stock=self.stock, by_module=by_module)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def quickly():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transmla.report.render.plot_figures", lambda *args: None)
         patch.setattr("transmla.export.reload_check.FreshProcess", InThisProcess)
-        patch.setattr("transmla.run.export.FreshProcess", InThisProcess)
+        patch.setattr("transmla.run.context.FreshProcess", InThisProcess)
         yield
 
 

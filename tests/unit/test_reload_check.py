@@ -1,5 +1,6 @@
 """A reload check that fails, or cannot run, says so in one line."""
 
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from transmla.export.reload_check import check_reload
 from transmla.plan.checks import prepare
 from transmla.recipe.compose import load_recipe
 from transmla.recipe.schema import Verify
+from transmla.run.context import Run
+from transmla.run.rows_ahead import CORES
 
 TOKENS = torch.ones(1, 4, dtype=torch.long)
 
@@ -66,3 +69,23 @@ def test_many_words_are_summed_exactly() -> None:
     assert wrong.abs().max() > 5e-6 and found.abs().max() < 2e-6
     other = numpy_normalised(logits[0].numpy())
     torch.testing.assert_close(torch.from_numpy(other), normalised(logits)[0], rtol=0, atol=2e-5)
+
+
+def test_a_process_that_dies_while_it_waits(tmp_path: Path) -> None:
+    """Another one takes its place; of a run whose training takes hours."""
+    run = Run.__new__(Run)
+    run.prepared = SimpleNamespace(device="cuda", export=SimpleNamespace(stock=True))
+    run.state, run._fresh = SimpleNamespace(is_main_process=True), None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: range(CORES))
+        run.start_fresh_process()
+        first = run._fresh
+        run.start_fresh_process()
+        assert first is not None and run._fresh is first
+    with run.fresh_process() as found:
+        assert found is first and found.waits and run._fresh is None
+    assert not first.waits
+    run._fresh = first
+    with run.fresh_process() as found, pytest.raises(RuntimeError, match="stock transformers cannot load"):
+        assert found is not first
+        found.score(tmp_path, TOKENS)

@@ -140,18 +140,17 @@ class _StoredTensors(Mapping[str, "Tensor"]):
 
 class FreshProcess:
     """A process in which importing `transmla` fails, or, for a checkpoint that is not stock, does not. It imports what
-    it needs as soon as it is made, which takes seconds that its maker has other uses for, and loads the checkpoint when
+    it needs as soon as it is made, which takes seconds that its maker has other uses for, and loads a checkpoint when
     it is asked for scores.
 
     Args:
-        folder: of the checkpoint; it need not be there yet.
-        stock: whether it must load without this package.
+        stock: whether a checkpoint must load without this package.
     """
 
-    def __init__(self, folder: Path, *, stock: bool) -> None:
+    def __init__(self, *, stock: bool) -> None:
         # -P and no PYTHONPATH: neither the current directory nor this file's is searched for modules.
-        self.folder, self.kind = folder, "stock" if stock else "student"
-        command = [sys.executable, "-P", str(Path(__file__).resolve()), str(folder), self.kind]
+        self.kind = "stock" if stock else "student"
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), self.kind]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if not stock:  # the package that wrote the checkpoint, not another one that may be installed
             environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
@@ -164,12 +163,21 @@ class FreshProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is there and can be asked."""
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        """End the process, whatever it is at."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
         self._errors.close()
 
-    def score(self, tokens: Tensor, *, by_module: bool = False) -> Tensor:
+    def score(self, folder: Path, tokens: Tensor, *, by_module: bool = False) -> Tensor:
         """`score` there, once.
 
         Raises:
@@ -177,12 +185,12 @@ class FreshProcess:
         """
         import torch
 
-        given = json.dumps({"tokens": tokens.tolist(), "by_module": by_module}).encode()
+        given = json.dumps({"folder": str(folder), "tokens": tokens.tolist(), "by_module": by_module}).encode()
         printed, _ = self._process.communicate(given)
         if self._process.returncode:
             self._errors.seek(0)
             reason = reason_of(self._process.returncode, self._errors.read().decode(errors="replace"))
-            raise RuntimeError(f"{LOADERS[self.kind]} cannot load {self.folder}: {reason}")
+            raise RuntimeError(f"{LOADERS[self.kind]} cannot load {folder}: {reason}")
         shape, _, scores = printed.partition(b"\n")
         return torch.frombuffer(bytearray(scores), dtype=torch.float32).view(json.loads(shape))
 
@@ -208,9 +216,9 @@ class _Refuse:
             raise ModuleNotFoundError(f"No module named {name!r} (hidden from the reload check)")
 
 
-def main(folder: str, kind: str) -> None:
-    """Tokens and how to load as JSON on standard input; on standard output a line with the shape of the scores, then
-    their bytes."""
+def main(kind: str) -> None:
+    """The checkpoint, tokens and how to load as JSON on standard input; on standard output a line with the shape of the
+    scores, then their bytes."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the scores of a killed run
     out: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no score
@@ -220,7 +228,8 @@ def main(folder: str, kind: str) -> None:
 
     load_classes(stock=kind == "stock")
     given = json.load(sys.stdin)
-    scores = score(Path(folder), torch.tensor(given["tokens"]), stock=kind == "stock", by_module=given["by_module"])
+    folder, tokens = Path(given["folder"]), torch.tensor(given["tokens"])
+    scores = score(folder, tokens, stock=kind == "stock", by_module=given["by_module"])
     out.write(json.dumps(scores.shape).encode() + b"\n")
     for row in scores:  # row by row: bytes of all of them would be a second copy
         out.write(row.contiguous().numpy().tobytes())
@@ -228,4 +237,4 @@ def main(folder: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

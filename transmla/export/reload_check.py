@@ -54,7 +54,7 @@ def check_reload(
         expected: log-probabilities of the student in float32, [n, L, V].
         dtype: what the weights are stored in; decides the tolerance where the recipe names none.
         stock: whether it must load without this package. by_module: whether weights are read when they are needed.
-        fresh: a process that was started before, of this folder; None: it is started here.
+        fresh: a process that was started before; None: it is started here.
 
     Returns:
         The largest difference.
@@ -64,8 +64,8 @@ def check_reload(
     """
     tolerance = section.tolerance or DEFAULT_TOLERANCE[dtype]
     try:
-        with fresh or FreshProcess(folder, stock=stock) as process:
-            scores = process.score(tokens, by_module=by_module)
+        with fresh or FreshProcess(stock=stock) as process:
+            scores = process.score(folder, tokens, by_module=by_module)
     except (OSError, RuntimeError) as error:  # no process, no memory, no checkpoint that loads
         raise RecipeError("export.verify", f"{error}; nothing was published") from None
     difference = float((scores - expected).abs().max())

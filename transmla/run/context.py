@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from transmla.export.fresh_process import FreshProcess
 from transmla.generate.problems import ProblemSet, load_problems
 from transmla.hardware import use_cores
 from transmla.modeling.determinism import use_deterministic
@@ -54,6 +55,7 @@ class Run:
         self.paths = Paths(prepared.output, prepared.recipe)
         self.digests = Fingerprints(prepared)
         self.missed: list[str] = []
+        self._fresh: FreshProcess | None = None
         for line in prepared.replaced:
             self.say(f"[deterministic] {line}")
         set_seed(self.recipe.seed)
@@ -116,19 +118,38 @@ class Run:
         self.__dict__.pop("teacher", None)
         gc.collect()
 
+    @property
+    def spares_cores(self) -> bool:
+        """Whether other processes may work beside this one: it is the first, waits for a GPU, and has cores."""
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return self.prepared.device == "cuda" and self.state.is_main_process and cores >= CORES
+
     @cached_property
     def rows_ahead(self) -> RowsAhead | None:
-        """The process that makes rows of coming stages, where the first process has a GPU to wait for and the machine
-        cores to spare."""
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        useful = self.prepared.device == "cuda" and self.state.is_main_process and cores >= CORES and not self.drawn
-        return RowsAhead() if useful else None
+        """The process that makes rows of coming stages, where cores are to spare."""
+        return RowsAhead() if self.spares_cores and not self.drawn else None
 
     def end_rows_ahead(self) -> None:
         """End that process, if there is one."""
         process = self.__dict__.pop("rows_ahead", None)
         if process is not None:
             process.end()
+
+    def start_fresh_process(self) -> None:
+        """Have the process of the export's check import what it needs, where cores are to spare: some machines take a
+        quarter of a minute for it."""
+        if self.spares_cores and self._fresh is None:
+            self._fresh = FreshProcess(stock=self.prepared.export.stock)
+
+    def fresh_process(self) -> FreshProcess:
+        """The process of the export's check, for the caller to end; a new one where none was started, or where that was
+        killed while it waited."""
+        found, self._fresh = self._fresh, None
+        if found is not None and found.waits:
+            return found
+        if found is not None:
+            found.end()
+        return FreshProcess(stock=self.prepared.export.stock)
 
     @cached_property
     def exams(self) -> dict[str, ProblemSet]:

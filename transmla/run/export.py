@@ -37,7 +37,7 @@ def export(run: Run) -> None:
             run.say(f"[export] {chosen.describe(run.recipe.export)}")
         for note in chosen.notes:
             run.say(f"[export] note: {note}")
-        with FreshProcess(scratch, stock=run.prepared.export.stock) as fresh:  # imports while the weights are written
+        with run.fresh_process() as fresh:  # if it is new, it imports while the weights are written
             section, dtype = run.recipe.export, export_dtype(run)
             if chosen.stock:
                 shifts = router_shifts(run.paths.student)

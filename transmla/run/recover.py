@@ -172,6 +172,9 @@ def _wait_for_rows(run: Run, index: int, label: str) -> None:
     reason = None if run.rows_ahead is None else run.rows_ahead.wait(index)
     if reason is not None:
         run.say(f"[{label}] rows could not be made ahead: {reason}")
+    if index == len(run.recipe.recover) - 1:
+        run.end_rows_ahead()
+        run.start_fresh_process()  # what the export needs next
 
 
 def _teacher_of(run: Run, index: int) -> PreTrainedModel | None:

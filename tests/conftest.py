@@ -44,8 +44,12 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
 class InThisProcess:
     """In place of the fresh process of a reload check."""
 
+    waits = True
+
     def __init__(self, *, stock: bool) -> None:
         self.stock = stock
+
+    def end(self) -> None: ...
 
     def __enter__(self) -> InThisProcess:
         return self

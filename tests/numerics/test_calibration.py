@@ -105,11 +105,12 @@ def test_what_attention_does(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_share_of_the_queries_is_enough() -> None:
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_share_of_the_queries_is_enough(batch_size: int) -> None:
     """Every fourth query, another fourth in every row: together they are all of them."""
     model = tiny_model()
     rows = windows(4)[0][:1].repeat(4, 1)
-    (some,) = calibrate(model, [rows], length=32)[:1]
+    (some,) = calibrate(model, rows.split(batch_size), length=32)[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transmla.convert.attention_moments.QUERY_STRIDE", 1)
         (every,) = calibrate(model, [rows], length=32)[:1]

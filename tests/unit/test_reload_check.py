@@ -11,7 +11,7 @@ import torch
 from transmla.errors import RecipeError
 from transmla.export import fresh_process
 from transmla.export.engine_process import normalised as numpy_normalised
-from transmla.export.fresh_process import normalised
+from transmla.export.fresh_process import FreshProcess, normalised
 from transmla.export.reload_check import check_reload
 from transmla.plan.checks import prepare
 from transmla.recipe.compose import load_recipe
@@ -82,10 +82,30 @@ def test_a_process_that_dies_while_it_waits(tmp_path: Path) -> None:
         first = run._fresh
         run.start_fresh_process()
         assert first is not None and run._fresh is first
-    with run.fresh_process() as found:
-        assert found is first and found.waits and run._fresh is None
-    assert not first.waits
-    run._fresh = first
+    os.kill(first._process.pid, signal.SIGKILL)
+    first._process.wait()
     with run.fresh_process() as found, pytest.raises(RuntimeError, match="stock transformers cannot load"):
-        assert found is not first
+        assert found is not first and run._fresh is None
         found.score(tmp_path, TOKENS)
+    run._fresh = FreshProcess(stock=True)
+    with run.fresh_process() as found:
+        assert found.waits and run._fresh is None
+    assert not found.waits
+    run._fresh = FreshProcess(stock=True)
+    last = run._fresh
+    run.end_fresh_process()
+    assert run._fresh is None and not last.waits
+
+
+def test_what_was_forked_meanwhile_holds_nothing_up(tmp_path: Path) -> None:
+    """As the workers of a data loader are, which have the pipe to the process then."""
+    with FreshProcess(stock=True) as fresh:
+        child = os.fork()
+        if not child:
+            signal.pause()
+        try:
+            with pytest.raises(RuntimeError, match="stock transformers cannot load"):
+                fresh.score(tmp_path, TOKENS)
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)

@@ -1,11 +1,13 @@
 """Rows of coming stages that a process makes beside the run: the stage finds them, and does without them."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import InThisProcess
 from transmla.cli import main
 from transmla.data.labelled import Labeller
 from transmla.recipe.compose import load_recipe
@@ -24,6 +26,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = cached_property(lambda run: RowsAhead())
     ahead.__set_name__(Run, "rows_ahead")
     monkeypatch.setattr(Run, "rows_ahead", ahead)
+    monkeypatch.setattr(Run, "spares_cores", True)
 
 
 @pytest.fixture
@@ -103,3 +106,29 @@ def test_it_is_alone_whatever_the_run_is_one_of(rows, tmp_path, monkeypatch) -> 
             assert beside.submit(ahead.wait, 0).result(timeout=120) is None
     finally:
         ahead.end()
+
+
+def test_the_check_of_the_export_waits_while_the_last_stage_trains(beside, quick, rows, tmp_path) -> None:
+    """And is ended where the export is there already."""
+    out, found = tmp_path / "out", []
+
+    class Noted(InThisProcess):
+        def __init__(self, *, stock: bool) -> None:
+            super().__init__(stock=stock)
+            found.append("made after" if (out / "recovered").exists() else "made before")
+
+        def score(self, *given, **options):
+            found.append("asked")
+            return super().score(*given, **options)
+
+        def end(self) -> None:
+            found.append("ended")
+
+    with pytest.MonkeyPatch.context() as patch:  # undone before `quick`, which monkeypatch is not
+        patch.setattr("transmla.run.context.FreshProcess", Noted)
+        assert main(command(rows, out)) == 0
+        assert found == ["made before", "asked"]
+        shutil.rmtree(out / "recovered")
+        shutil.rmtree(out / "evaluation" / "recovered")
+        assert main(command(rows, out)) == 0
+    assert found[2:] == ["made before", "ended"]

@@ -114,7 +114,8 @@ class AttentionMoments:
     def _together(self, x: Tensor) -> int:
         """Rows of text [B, T, D] that make enough work at a time: for a CPU one does."""
         _, length, hidden = x.shape
-        return TOGETHER // (self.heads * min(QUERY_BLOCK, length) * max(length, hidden)) if x.is_cuda else 1
+        of_queries = self.heads * min(QUERY_BLOCK, length) * max(length, hidden)
+        return TOGETHER // max(of_queries, hidden * hidden) if x.is_cuda else 1
 
     def _add(
         self,
@@ -142,7 +143,7 @@ class AttentionMoments:
             logits = cap(query[:, :, rows].float() @ key[:, :, columns].float().mT * scaling, softcap)
             hidden = delta < 0 if window is None else (delta < 0) | (delta >= window)
             weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
-            averaged = (weights @ x[:, None, columns]).flatten(1, 2)  # [n, H · rows, D]
+            averaged = weights.flatten(1, 2) @ x[:, columns]  # [n, H · rows, D]; with a dimension of heads x is copied
             self.averaged += (averaged.mT @ averaged).double().sum(0)
             self.mean += averaged.sum(1).double().sum(0)
             received[:, :, columns] += weights.sum(2)

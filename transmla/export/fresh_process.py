@@ -185,7 +185,8 @@ class FreshProcess:
         """
         import torch
 
-        given = json.dumps({"folder": str(folder), "tokens": tokens.tolist(), "by_module": by_module}).encode()
+        asked = {"folder": str(folder), "tokens": tokens.tolist(), "by_module": by_module}
+        given = json.dumps(asked).encode() + b"\n"
         printed, _ = self._process.communicate(given)
         if self._process.returncode:
             self._errors.seek(0)
@@ -217,8 +218,8 @@ class _Refuse:
 
 
 def main(kind: str) -> None:
-    """The checkpoint, tokens and how to load as JSON on standard input; on standard output a line with the shape of the
-    scores, then their bytes."""
+    """The checkpoint, tokens and how to load as a line of JSON on standard input; on standard output a line with the
+    shape of the scores, then their bytes."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody waits for the scores of a killed run
     out: Any = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no score
@@ -227,7 +228,7 @@ def main(kind: str) -> None:
     import torch
 
     load_classes(stock=kind == "stock")
-    given = json.load(sys.stdin)
+    given = json.loads(sys.stdin.readline())  # not to its end: what its maker forked meanwhile may keep the pipe open
     folder, tokens = Path(given["folder"]), torch.tensor(given["tokens"])
     scores = score(folder, tokens, stock=kind == "stock", by_module=given["by_module"])
     out.write(json.dumps(scores.shape).encode() + b"\n")

@@ -96,11 +96,13 @@ class TextPrompts:
         """Token ids of a batch's prompts: prefixes, with a cue after or around each where the entry has cues."""
         if batch not in self.made:
             with self._making:
-                found = self._prefixes(batch)
-                if self.cues:
-                    found = self._cued(found, batch)
-                self.made[batch] = [array("i", prompt) for prompt in found]
+                if batch not in self.made:
+                    self.made[batch] = [array("i", prompt) for prompt in self._make(batch)]
         return [prompt.tolist() for prompt in self.made[batch]]
+
+    def _make(self, batch: int) -> list[list[int]]:
+        found = self._prefixes(batch)
+        return self._cued(found, batch) if self.cues else found
 
     def _cued(self, prefixes: list[list[int]], batch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(batch_seed(self.seed, f"cues of {self.entry.name}", batch))

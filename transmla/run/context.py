@@ -144,12 +144,17 @@ class Run:
     def fresh_process(self) -> FreshProcess:
         """The process of the export's check, for the caller to end; a new one where none was started, or where that was
         killed while it waited."""
-        found, self._fresh = self._fresh, None
-        if found is not None and found.waits:
+        if self._fresh is not None and self._fresh.waits:
+            found, self._fresh = self._fresh, None
             return found
+        self.end_fresh_process()
+        return FreshProcess(stock=self.prepared.export.stock)
+
+    def end_fresh_process(self) -> None:
+        """End that process, if one was started and not asked for."""
+        found, self._fresh = self._fresh, None
         if found is not None:
             found.end()
-        return FreshProcess(stock=self.prepared.export.stock)
 
     @cached_property
     def exams(self) -> dict[str, ProblemSet]:

@@ -51,6 +51,7 @@ def export(run: Run) -> None:
             metadata["max_abs_logprob_diff"] = _check_reload(run, scratch, fresh)
 
     make(run, run.paths.exported, run.digests.export, "export", build)
+    run.end_fresh_process()  # where the export was there already
 
 
 def verify(run: Run) -> None:

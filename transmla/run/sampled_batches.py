@@ -152,7 +152,7 @@ def sample_missing(
         prompts_of: the prompts of a batch.
         missing: from the batches that are there, the numbers of those to sample next; asked again after each round.
         seed, name: a batch's own seed follows from them and its number.
-        stored: called on the first process when it has stored a batch, while the next one is sampled.
+        stored: called on the first process, in a thread, when it has stored a batch.
     """
     if state.is_main_process and (broken := batches.open()):
         state.print(f"[{name}] {broken} batches were cut off or damaged; they are sampled again", flush=True)

@@ -97,8 +97,10 @@ def _write_text(run: Run, entry: Text, key: str, folder: Path, digest: str) -> N
     prompts = TextPrompts(resolved, run.tokenizer, seed=run.recipe.seed, key=key)
     batches = _batches_of(run, entry)
     beside = folder.with_name(f"{PARTIAL}-rows-{folder.name}")
-    with scratch_folder(beside) if run.state.is_main_process else nullcontext(beside) as place:
-        written = WrittenRows(place / ROWS, TextRows(prompts), batches, entry.tokens)
+    with (
+        scratch_folder(beside) if run.state.is_main_process else nullcontext(beside) as place,
+        WrittenRows(place / ROWS, TextRows(prompts), batches, entry.tokens) as written,
+    ):
 
         def before() -> None:
             run.say(f"[write {entry.name}] {entry.tokens:,} tokens of the teacher's own text")
@@ -111,7 +113,7 @@ def _write_text(run: Run, entry: Text, key: str, folder: Path, digest: str) -> N
                 seed=run.recipe.seed,
                 name=entry.name,
                 state=run.state,
-                stored=written.extend,
+                stored=written.follow,
             )
 
         def build(scratch: Path, metadata: dict[str, Any]) -> None:

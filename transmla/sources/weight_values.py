@@ -30,7 +30,7 @@ def check_numbers(folder: Path, config: PretrainedConfig, dtype: torch.dtype, ke
                 value = stored.get_tensor(name)
                 if not value.numel():
                     continue
-                low, high = float(value.min()), float(value.max())  # twice as fast as torch.aminmax
+                low, high = extremes(value)
                 if not -most <= low <= high <= most:  # NaN is in no order
                     infinite.append(name)
                 elif value.ndim > 1 and low == high == 0:
@@ -41,6 +41,13 @@ def check_numbers(folder: Path, config: PretrainedConfig, dtype: torch.dtype, ke
     if empty:
         raise RecipeError(key, f"{listed(empty)} of {folder} hold nothing but zeros; {AGAIN}")
     check_tied(folder, config, key)
+
+
+def extremes(value: Tensor) -> tuple[float, float]:
+    """The least and the largest number of a tensor that has some; NaN both if it holds one. One pass without copies:
+    on a CPU `isfinite` and `any` take twenty times as long."""
+    low, high = value.aminmax()
+    return float(low), float(high)
 
 
 def check_tied(folder: Path, config: PretrainedConfig, key: str) -> None:

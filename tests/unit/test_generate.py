@@ -420,6 +420,23 @@ def test_a_text_that_came_in_an_earlier_batch_is_left_out(tmp_path) -> None:
     assert rows.rows.counts == {"written": 6, "finished": 2, "duplicates": 2, "kept": 4, "tokens": 5}
 
 
+def test_rows_do_not_keep_a_run_that_is_to_end(tmp_path) -> None:
+    parts = SampledBatches(tmp_path, "d")
+    parts.open()
+    for batch in range(50):
+        parts.append(0, batch, [Sample([batch], True), Sample([batch], True)])
+
+    class Slow(TextRows):
+        def of(self, batch, samples):
+            time.sleep(0.05)
+            return super().of(batch, samples)
+
+    with WrittenRows(tmp_path / "rows", Slow(Starts), parts, 200) as rows:
+        rows.follow()
+        time.sleep(0.1)
+    assert 0 < len((tmp_path / "rows").read_text().splitlines()) < 20
+
+
 def test_rows_that_cannot_be_written_end_the_sampling(tmp_path) -> None:
     parts = SampledBatches(tmp_path / "x", "d")
     with (

@@ -32,11 +32,13 @@ class WrittenRows:
         self._missing, self._next = tokens, 0
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._extending: Future[None] | None = None
+        self._left = False  # by an error or a signal: after a resume the thread may have much to do
 
     def __enter__(self) -> WrittenRows:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._left = True
         self._thread.shutdown()
 
     def follow(self) -> None:
@@ -60,7 +62,7 @@ class WrittenRows:
         return self.file
 
     def _extend(self) -> None:
-        while self._missing > 0 and (tokens := self.batches.tokens(self._next)) is not None:
+        while not self._left and self._missing > 0 and (tokens := self.batches.tokens(self._next)) is not None:
             samples = self.batches.samples(self._next)
             save_rows(self.rows.of(self._next, samples), self.file, "a")
             self._missing, self._next = self._missing - tokens, self._next + 1

@@ -99,11 +99,16 @@ def test_other_formats_names_and_a_tied_head(without_prefix: bool, tmp_path: Pat
         assert torch.equal(found[name], value) and value.dtype == found[name].dtype == torch.bfloat16
 
 
-def test_values_that_are_no_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "zeros"])
+def test_values_that_are_no_numbers(value: str, tmp_path: Path) -> None:
     model = tiny_model()
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    if value == "zeros":
+        weight.zero_()
+    else:
+        weight[3, 4] = float(value)
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(RecipeError, match="layers.1.mlp.up_proj.weight.* NaN"):
+    with pytest.raises(RecipeError, match=f"layers.1.mlp.up_proj.weight.* {'zeros' if value == 'zeros' else 'NaN'}"):
         streamed(stream_source(tmp_path / "source", torch.float32, "cpu"), settings(**SMALL), tmp_path / "streamed")
 
 
